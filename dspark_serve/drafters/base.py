@@ -1,0 +1,41 @@
+"""The drafter contract: anything that proposes tokens. Must not know: verification, budget, scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.types import Row
+
+
+class Drafter(Protocol):
+    """Proposes up to `width` tokens after each row's anchor.
+
+    A drafter may be wrong as often as it likes: verification never lets that reach the text. It keeps per-request
+    state under the request id, and gives it up on `release`.
+    """
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs `observe` wants, in order; -1 is the embedding output. () for none."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Most drafts per row and step."""
+        ...
+
+    def propose(self, rows: Sequence[Row]) -> Proposal:
+        """Drafts for `rows`, aligned with them; row r gets at most min(width, rows[r].max_drafts)."""
+        ...
+
+    def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
+        """Called once per step, after verification; taps: [tokens, len(self.taps) * hidden] of every batch token."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """The request is finished; forget it. Unknown ids are fine."""
+        ...

@@ -1,0 +1,43 @@
+"""What the engine asks of a target model. Must not know: requests, drafters, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.tensors import StepBatch, TargetOutput
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    architecture: str  # architectures[0] of the checkpoint
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int  # positions the model was made for
+    kv_layers: tuple[LayerGeometry, ...]  # one per layer, in layer order
+    dtype: torch.dtype
+    backend: str  # how the linears run, for the start-up line: "onednn-packed fp32", "transformers bfloat16", ...
+
+
+class TargetModel(Protocol):
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> TargetOutput:
+        """Run every token of the ragged batch once, write its K/V into `store` at batch.slots, and return float32
+        logits at batch.sample_index followed by batch.score_index (when given), plus the taps: for each layer id l the
+        output of decoder layer l (residual stream, before the final norm), -1 being the embedding output.
+
+        Row r's tokens are the last query_lens[r] of its context_lens[r] keys; token i of the row sees keys 0..i of its
+        own context, found through page_table[r]. Runs under inference mode. Row invariance on CPU in float32: a
+        token's outputs are bitwise independent of how tokens are split into steps and of the other rows.
+        """
+        ...

@@ -1,0 +1,151 @@
+"""What crosses between scheduler, drafter, target and verifier as tensors: StepBatch, Proposal, Verdict.
+
+Frozen, complete at construction, shapes in the comments. Must not know: requests, pages' owners, models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_serve.types import RowResult, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Token counts for the samples that have penalties, as coordinate lists (drafts before the position included)."""
+
+    sample: Tensor  # [entries] int64, index into the samples
+    token: Tensor  # [entries] int64, unique per sample
+    generated: Tensor  # [entries] float32, times the token was generated (0: it is in the prompt only)
+    presence: Tensor  # [entries] float32, the sample's presence penalty; likewise the next two
+    frequency: Tensor  # [entries] float32
+    repetition: Tensor  # [entries] float32
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling parameters of every sample of a step: one sample per position whose next token is wanted."""
+
+    temperature: Tensor  # [samples] float32; <= GREEDY_TEMPERATURE means greedy
+    top_k: Tensor  # [samples] int64; 0 is off
+    top_p: Tensor  # [samples] float32; 1 is off
+    min_p: Tensor  # [samples] float32; 0 is off
+    seed: Tensor  # [samples] int64, two's complement of the 64-bit seed
+    position: Tensor  # [samples] int64, absolute position of the token to be drawn
+    all_greedy: bool
+    any_filter: bool  # some sample has top-k, top-p or min-p
+    penalties: Penalties | None = None
+    bias_sample: Tensor | None = None  # [entries] int64: logit_bias and min_tokens masks, as coordinates
+    bias_token: Tensor | None = None  # [entries] int64
+    bias_value: Tensor | None = None  # [entries] float32, added to the logits; -inf forbids the token
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One ragged target forward. Tokens of all rows are concatenated in row order; row r holds query_lens[r] tokens.
+
+    The samples are the positions whose logits decide a token: for a row that samples, its anchor and each kept draft.
+    """
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    slots: Tensor  # [tokens] int64, page * page_size + offset: where the token's K/V goes
+    page_table: Tensor  # [rows, max_pages] int64, padded with page 0
+    query_lens: tuple[int, ...]  # [rows]
+    context_lens: tuple[int, ...]  # [rows] keys visible to the row's last token (its own included)
+    sample_index: Tensor  # [samples] int64, index into tokens
+    sample_lens: tuple[int, ...]  # [rows] 0, or 1 + kept drafts
+    drafts: Tensor  # [rows, max_kept] int64, padded with -1
+    draft_probs: Tensor | None  # [rows, max_kept, vocab] float32; None: every draft was certain (one-hot)
+    sampling: SamplingBatch
+    logprobs: tuple[int | None, ...]  # [rows] alternatives asked for per row
+    score_index: Tensor | None = None  # [scores] int64, index into tokens: prompt positions to score
+    score_targets: Tensor | None = None  # [scores] int64, the prompt token that follows each
+    score_lens: tuple[int, ...] = ()  # [rows] scores per row
+    score_top: tuple[int, ...] = ()  # [rows] alternatives per score
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.sample_lens)
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What the target's forward returns for a StepBatch: logits of the samples, then of the scores, and the taps."""
+
+    logits: Tensor  # [samples + scores, vocab] float32
+    taps: Tensor | None  # [tokens, len(taps) * hidden], layers concatenated in the order asked for
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Drafted tokens for the plan's drafting rows, in their order. Row r holds n_draft[r] tokens from slot 0 on."""
+
+    tokens: Tensor  # [rows, width] int64, padded with -1
+    n_draft: tuple[int, ...]  # [rows]
+    draft_probs: Tensor | None = None  # [rows, width, vocab] float32; None: every draft is certain (one-hot)
+    confidence: Tensor | None = None  # [rows, width] float32, probability of acceptance given the drafts before
+
+    @staticmethod
+    def empty(rows: int, device: torch.device | str = "cpu") -> Proposal:
+        return Proposal(torch.empty((rows, 0), dtype=torch.int64, device=device), (0,) * rows)
+
+    @staticmethod
+    def from_lists(drafts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Proposal:
+        """Certain drafts from host lists; rows may differ in length and may be empty."""
+        width = max((len(d) for d in drafts), default=0)
+        padded = [[*d, *([-1] * (width - len(d)))] for d in drafts]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(drafts), width)
+        return Proposal(tokens, tuple(len(d) for d in drafts))
+
+    def trim(self, kept: Sequence[int]) -> Proposal:
+        """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
+        if len(kept) != len(self.n_draft) or any(not 0 <= k <= n for k, n in zip(kept, self.n_draft, strict=True)):
+            raise ValueError(f"kept {list(kept)} must lie within the drafted {list(self.n_draft)}")
+        if tuple(kept) == self.n_draft:
+            return self
+        width = max(kept, default=0)
+        limit = torch.tensor(kept, device=self.tokens.device).unsqueeze(1)
+        keep = torch.arange(width, device=self.tokens.device) < limit  # [rows, width]
+        return Proposal(
+            self.tokens[:, :width].masked_fill(~keep, -1),
+            tuple(kept),
+            None if self.draft_probs is None else self.draft_probs[:, :width],
+            None if self.confidence is None else self.confidence[:, :width],
+        )
+
+
+@dataclass(frozen=True)
+class LogprobTable:
+    """Log-softmax of raw logits at some positions: the given token's entry and the most likely ones."""
+
+    chosen: Tensor  # [positions] float32
+    rank: Tensor  # [positions] int64, 1 is the most likely
+    top_ids: Tensor  # [positions, n] int64
+    top_values: Tensor  # [positions, n] float32
+
+    def to_host(self, tokens: Sequence[int], counts: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+        """One TokenLogprobs per position with the first counts[i] alternatives; tokens[i] is the chosen token."""
+        chosen, rank = self.chosen.tolist(), self.rank.tolist()
+        ids, values = self.top_ids.tolist(), self.top_values.tolist()
+        return tuple(
+            TokenLogprobs(token, chosen[i], rank[i], tuple(zip(ids[i][:n], values[i][:n], strict=True)))
+            for i, (token, n) in enumerate(zip(tokens, counts, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of verification: per row the number of accepted drafts and the tokens that follow the anchor."""
+
+    n_accepted: Tensor  # [rows] int64; 0 for rows that do not sample
+    tokens: Tensor  # [rows, max_kept + 1] int64: accepted drafts, then the bonus token, then -1; all -1 if no sample
+
+    def to_host(self) -> list[RowResult]:
+        """One device-to-host copy; draft counts and logprobs are the engine's to add."""
+        packed = torch.cat([self.n_accepted.unsqueeze(1), self.tokens], dim=1).tolist()
+        return [RowResult(tokens=tuple(row[1 : row[0] + 2]) if row[1] >= 0 else ()) for row in packed]

@@ -1,0 +1,285 @@
+"""The host-side vocabulary: requests, sampling parameters, plans, reports. Plain Python.
+
+Must not know: torch, text, HTTP. Everything here may be created and compared without a tensor in sight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+VerifyMode = Literal["coupled", "rejection"]
+GREEDY_TEMPERATURE = 1e-5  # at or below this the target distribution is the one-hot of its argmax
+MAX_LOGPROBS = 20
+
+
+class InvalidRequest(ValueError):
+    """A request that can never be served as asked; `param` names the offending field, `code` is machine-readable."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineBusy(RuntimeError):
+    """The queue is full, or the engine is loading or draining; the client should retry later."""
+
+
+class EngineDead(RuntimeError):
+    """The engine thread ended on an error; nothing more will be served."""
+
+
+def _check(ok: bool, param: str, message: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{param} {message}", param=param, code="invalid_value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are drawn. Names and meanings follow OpenAI and vLLM.
+
+    `top_k` 0 (or -1) means off. `seed` None lets the engine choose one. `logprobs` n returns the n most likely
+    alternatives beside each chosen token (0: the chosen one only); `prompt_logprobs` does so for the prompt.
+    `stop` strings are matched on text and therefore outside the engine. Raises InvalidRequest naming the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    max_tokens: int | None = None  # None: up to the model's length
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def finite(x: float) -> bool:
+            return math.isfinite(x)
+
+        _check(finite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "must be in [0, 100]")
+        _check(finite(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
+        _check(self.top_k >= -1, "top_k", "must be -1, 0 (both: off) or positive")
+        _check(finite(self.min_p) and 0.0 <= self.min_p <= 1.0, "min_p", "must be in [0, 1]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(finite(value) and -2.0 <= value <= 2.0, name, "must be in [-2, 2]")
+        _check(
+            finite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0,
+            "repetition_penalty",
+            "must be in (0, 100]",
+        )
+        _check(all(finite(b) and -100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "must be in [-100, 100]")
+        _check(self.seed is None or -(1 << 63) <= self.seed < (1 << 64), "seed", "must fit 64 bits")
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        _check(self.min_tokens >= 0, "min_tokens", "must not be negative")
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+        )
+        _check(all(self.stop), "stop", "must not hold an empty string")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature <= GREEDY_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the token, its logprob and rank (1 = most likely), and the n most likely.
+
+    Natural logarithm of the softmax of the model's raw logits, before temperature, penalties and filters.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True)
+class SpeculationParams:
+    """Per-request control of speculation: never the text, only how fast it comes."""
+
+    enabled: bool = True
+    max_draft_tokens: int | None = None  # None: the server's limit
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_draft_tokens is None or self.max_draft_tokens >= 0,
+            "speculation.max_draft_tokens",
+            "must not be negative",
+        )
+
+
+@dataclass
+class SpeculationStats:
+    """What speculation did for one request, in the field's words (n_draft >= n_kept >= n_accepted)."""
+
+    num_spec_steps: int = 0  # steps in which at least one draft was verified
+    num_draft_tokens: int = 0  # proposed
+    num_kept_tokens: int = 0  # sent to verification
+    num_accepted_tokens: int = 0
+    histogram: list[int] = field(default_factory=list)  # histogram[a]: speculative steps that accepted a drafts
+
+    def record(self, n_draft: int, n_kept: int, n_accepted: int) -> None:
+        self.num_draft_tokens += n_draft
+        if not n_kept:
+            return
+        self.num_spec_steps += 1
+        self.num_kept_tokens += n_kept
+        self.num_accepted_tokens += n_accepted
+        self.histogram.extend([0] * (n_accepted + 1 - len(self.histogram)))
+        self.histogram[n_accepted] += 1
+
+
+RequestStatus = Literal["waiting", "running", "finished"]
+
+
+@dataclass
+class Request:
+    """One sequence being generated. The only mutable record of the engine; the scheduler alone changes it.
+
+    Invariant: 0 <= num_computed <= len(token_ids). Tokens [0, num_computed) have K/V in `pages`; the last element
+    of token_ids is the anchor once the prompt is computed.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int  # the resolved seed; equals params.seed when that was given
+    eos_token_ids: frozenset[int] = frozenset()
+    speculation: SpeculationParams = SpeculationParams()
+    priority: int = 0  # lower goes first, as in vLLM
+    arrival: int = 0  # set by the scheduler, breaks ties in priority
+    arrival_time_s: float = 0.0  # monotonic clock, for the report only
+    status: RequestStatus = "waiting"
+    token_ids: list[int] = field(default_factory=list)  # prompt + generated; filled by the scheduler on add
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens served from the prefix cache at first admission
+    pages: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request's share of a step: tokens [start, start + length) of the request, then up to `max_drafts` drafts.
+
+    `samples` is true when the row reaches the request's last known token (the anchor), so a token comes out of it.
+    """
+
+    request: Request
+    start: int
+    length: int
+    samples: bool
+    max_drafts: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one step, in arrival order, and how many requests had to give up their pages for it."""
+
+    rows: tuple[Row, ...]
+    num_preempted: int = 0
+
+    @property
+    def drafting(self) -> tuple[Row, ...]:
+        """Rows that may carry drafts, in plan order; a Proposal's rows are aligned with these."""
+        return tuple(row for row in self.rows if row.max_drafts > 0)
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What verification said of one row, on the host: accepted drafts, then the bonus token; () for a partial prefill.
+
+    `tokens` has n_accepted + 1 entries when the row samples. `logprobs` is aligned with `tokens` when asked for;
+    `prompt_logprobs` covers the prompt tokens scored in this step.
+    """
+
+    tokens: tuple[int, ...] = ()
+    n_draft: int = 0
+    n_kept: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """News of one request after a step. `finish_reason` is set on the last delta, which may carry no token."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the stop token id that ended it, when that is why it ended
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int = 0
+    stats: SpeculationStats | None = None  # on the last delta
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RowReport:
+    n_draft: int
+    n_kept: int
+    n_accepted: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. Durations are milliseconds of wall clock per phase; deltas are in row order."""
+
+    deltas: tuple[TokenDelta, ...] = ()
+    rows: tuple[RowReport, ...] = ()  # rows that sampled
+    num_tokens: int = 0  # tokens through the target, drafts included
+    num_prefill_tokens: int = 0
+    num_preempted: int = 0
+    phase_ms: dict[str, float] = field(default_factory=dict)  # plan, propose, build, forward, verify, commit
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for metrics and the stats line; totals count since start."""
+
+    num_running: int
+    num_waiting: int
+    pages_total: int
+    pages_used: int
+    prefix_queries: int  # prompt tokens looked up
+    prefix_hits: int  # prompt tokens found
+    num_preemptions: int
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading positions at which a and b agree."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
