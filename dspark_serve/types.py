@@ -279,6 +279,30 @@ class EngineStats:
     num_preemptions: int
 
 
+@dataclass(frozen=True)
+class EngineInfo:
+    """Facts about a built engine that never change while it runs; what /server_info and the start-up lines show."""
+
+    model: str  # as the user named it
+    model_dir: str  # local directory that holds config and tokenizer
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    backend: str  # how the linears run
+    page_size: int
+    pool_tokens: int  # K/V slots that requests can use
+    kv_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    drafter: str  # "ngram", "none", ...
+    num_speculative_tokens: int
+    verify_mode: VerifyMode
+    row_invariant: bool  # the start-up check found the arithmetic bitwise row-invariant
+    eos_token_ids: tuple[int, ...]
+
+
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading positions at which a and b agree."""
     n = min(len(a), len(b))
