@@ -176,7 +176,10 @@ class Request:
     token_ids: list[int] = field(default_factory=list)  # prompt + generated; filled by the scheduler on add
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens served from the prefix cache at first admission
+    num_scored: int = 0  # prompt tokens whose logprobs have been reported
+    max_new_tokens: int = 0  # params.max_tokens, or what the model length allows; set by the scheduler on add
     pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)  # prefix hash of each full page of token_ids, grown on demand
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
