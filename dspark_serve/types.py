@@ -80,7 +80,9 @@ class SamplingParams:
             "repetition_penalty",
             "must be in (0, 100]",
         )
-        _check(all(finite(b) and -100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "must be in [-100, 100]")
+        _check(
+            all(finite(b) and -100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "must be in [-100, 100]"
+        )
         _check(self.seed is None or -(1 << 63) <= self.seed < (1 << 64), "seed", "must fit 64 bits")
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
         _check(self.min_tokens >= 0, "min_tokens", "must not be negative")

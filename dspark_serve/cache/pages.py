@@ -97,11 +97,11 @@ class PagePool:
     def release(self, table: list[int]) -> None:
         self.truncate(table, 0)
 
-    def publish(self, table: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Make the table's first len(keys) pages findable by prefix; a prefix that is already there stays as it is."""
+    def publish(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Make pages full of committed tokens findable by their keys; a key that is already there stays as it is."""
         if not self.prefix_caching:
             return
-        for page, key in zip(table, keys, strict=False):
+        for page, key in zip(pages, keys, strict=True):
             if key not in self._page_of and page not in self._key_of:
                 self._page_of[key] = page
                 self._key_of[page] = key

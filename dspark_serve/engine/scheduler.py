@@ -81,7 +81,9 @@ class Scheduler:
             raise InvalidRequest("the prompt is empty: send at least one token", "prompt", "invalid_value")
         if not all(0 <= token < self.vocab_size for token in prompt):
             bad = next(token for token in prompt if not 0 <= token < self.vocab_size)
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self.vocab_size}", "prompt", "invalid_value")
+            raise InvalidRequest(
+                f"token id {bad} is outside the vocabulary of {self.vocab_size}", "prompt", "invalid_value"
+            )
         params = request.params
         named = [*(token for token, _ in params.logit_bias), *params.stop_token_ids]
         if any(not 0 <= token < self.vocab_size for token in named):
@@ -135,10 +137,17 @@ class Scheduler:
         rows: list[Row] = []
         preempted = 0
         budget = self.max_num_batched_tokens
+        decoding = sum(
+            len(r.token_ids) - r.num_computed == 1 for r in self.running
+        )  # a long prefill must not stall them
         for request in list(self.running):
-            if request.status != "running" or budget == 0:
+            if request.status != "running":
                 break  # preempted for an earlier one: so is everything after it
-            length = min(len(request.token_ids) - request.num_computed, budget)
+            unseen = len(request.token_ids) - request.num_computed
+            length = 1 if unseen == 1 else min(unseen, budget - decoding)
+            decoding -= unseen == 1
+            if length <= 0:
+                continue
             while not self.pool.grow(request.pages, request.num_computed + length):
                 preempted += 1
                 if self._preempt_last() is request:
@@ -246,7 +255,8 @@ class Scheduler:
         request.num_computed = row.start + row.length + max(0, len(tokens) - 1)
         self.pool.truncate(request.pages, request.num_computed)
         extend_page_keys(request.page_keys, request.token_ids, self.pool.page_size)
-        self.pool.publish(request.pages, request.page_keys[: request.num_computed // self.pool.page_size])
+        full = slice(row.start // self.pool.page_size, request.num_computed // self.pool.page_size)
+        self.pool.publish(request.pages[full], request.page_keys[full])
         if result.prompt_logprobs is not None:
             request.num_scored += len(result.prompt_logprobs)
         if reason is not None:
@@ -299,7 +309,9 @@ class Scheduler:
             raise AssertionError("the queues and the index of requests disagree")
         for request in everyone:
             if not 0 <= request.num_computed <= len(request.token_ids):
-                raise AssertionError(f"{request.request_id}: {request.num_computed} of {len(request.token_ids)} computed")
+                raise AssertionError(
+                    f"{request.request_id}: {request.num_computed} of {len(request.token_ids)} computed"
+                )
             if request.status == "waiting" and (request.pages or request.num_computed):
                 raise AssertionError(f"{request.request_id} waits but holds pages")
             if len(request.pages) < self.pool.pages_for(request.num_computed):

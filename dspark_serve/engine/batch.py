@@ -1,0 +1,213 @@
+"""Plan and proposal to tensors: the one place where requests become a StepBatch.
+
+Built in numpy and moved once. Must not know: models, attention, what the drafter or the verifier do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dspark_serve.tensors import Penalties, Proposal, SamplingBatch, StepBatch
+from dspark_serve.types import Plan, Row
+
+_NEVER = float("-inf")
+
+
+class Batcher:
+    """Builds StepBatches for a pool of pages of `page_size` tokens, on `device`."""
+
+    def __init__(self, page_size: int, device: torch.device | str = "cpu") -> None:
+        self.page_size = page_size
+        self.device = torch.device(device)
+
+    def build(self, plan: Plan, proposal: Proposal) -> StepBatch:
+        """proposal: the kept drafts of plan.drafting, already trimmed."""
+        rows = plan.rows
+        kept = _spread(plan, proposal.n_draft)
+        lens = [row.length + k for row, k in zip(rows, kept, strict=True)]
+        ends = np.cumsum(lens)
+        table = _page_table(rows)
+        tokens = np.concatenate([_row_tokens(row, k) for row, k in zip(rows, kept, strict=True)])
+        positions = np.concatenate([np.arange(r.start, r.start + n) for r, n in zip(rows, lens, strict=True)])
+        owner = np.repeat(np.arange(len(rows)), lens)
+        slots = table[owner, positions // self.page_size] * self.page_size + positions % self.page_size
+        sample_lens = tuple(k + 1 if row.samples else 0 for row, k in zip(rows, kept, strict=True))
+        sample_index = _last_of_each(ends, sample_lens)
+        token_ids = self._move(tokens)
+        drafts = self._spread_drafts(plan, proposal, token_ids, ends, kept)
+        score_lens = tuple(_num_scores(row) for row in rows)
+        score_index, score_targets = self._scores(rows, ends - lens, score_lens)
+        return StepBatch(
+            token_ids=token_ids,
+            positions=self._move(positions),
+            slots=self._move(slots),
+            page_table=self._move(table),
+            query_lens=tuple(lens),
+            context_lens=tuple(row.start + n for row, n in zip(rows, lens, strict=True)),
+            sample_index=self._move(sample_index),
+            sample_lens=sample_lens,
+            drafts=drafts,
+            draft_probs=self._spread_probs(plan, proposal, drafts),
+            sampling=self._sampling(rows, sample_lens, drafts),
+            logprobs=tuple(row.request.params.logprobs for row in rows),
+            score_index=score_index,
+            score_targets=score_targets,
+            score_lens=score_lens,
+            score_top=tuple(row.request.params.prompt_logprobs or 0 for row in rows),
+        )
+
+    def _move(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _spread_drafts(
+        self, plan: Plan, proposal: Proposal, token_ids: Tensor, ends: npt.NDArray[np.int64], kept: Sequence[int]
+    ) -> Tensor:
+        """Drafts of all rows [rows, max_kept], -1 where there is none; also puts them behind their anchors."""
+        width = max(kept, default=0)
+        drafts = torch.full((len(plan.rows), width), -1, dtype=torch.int64, device=self.device)
+        if not width:
+            return drafts
+        carrying = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
+        drafts[torch.tensor(carrying, device=self.device), : proposal.tokens.shape[1]] = proposal.tokens
+        places = self._move(_last_of_each(ends, kept))
+        token_ids[places] = drafts[drafts >= 0]  # both in row order, then slot order
+        return drafts
+
+    def _spread_probs(self, plan: Plan, proposal: Proposal, drafts: Tensor) -> Tensor | None:
+        if proposal.draft_probs is None or not drafts.shape[1]:
+            return None
+        probs = proposal.draft_probs.new_zeros((*drafts.shape, proposal.draft_probs.shape[-1]))
+        carrying = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
+        probs[torch.tensor(carrying, device=self.device)] = proposal.draft_probs
+        return probs
+
+    def _scores(
+        self, rows: Sequence[Row], starts: npt.NDArray[np.int64], score_lens: tuple[int, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Indices of the prompt positions to score and the prompt tokens that follow them."""
+        if not any(score_lens):
+            return None, None
+        index: list[int] = []
+        targets: list[int] = []
+        for row, start, count in zip(rows, starts.tolist(), score_lens, strict=True):
+            first = row.request.num_scored - row.start
+            index.extend(range(start + first, start + first + count))
+            targets.extend(row.request.prompt_token_ids[row.request.num_scored + 1 :][:count])
+        return self._move(np.array(index, dtype=np.int64)), self._move(np.array(targets, dtype=np.int64))
+
+    def _sampling(self, rows: Sequence[Row], sample_lens: tuple[int, ...], drafts: Tensor) -> SamplingBatch:
+        params = [row.request.params for row in rows]
+        repeat = np.array(sample_lens)
+
+        def per_sample(values: Iterable[float], dtype: type) -> Tensor:
+            return self._move(np.repeat(np.array(list(values), dtype=dtype), repeat))
+
+        first = np.repeat(np.array([row.start + row.length for row in rows]), repeat)
+        position = first + _within(sample_lens)
+        sampling = [p for p, n in zip(params, sample_lens, strict=True) if n]
+        bias = self._bias(rows, sample_lens)
+        return SamplingBatch(
+            temperature=per_sample((p.temperature for p in params), np.float32),
+            top_k=per_sample((max(p.top_k, 0) for p in params), np.int64),
+            top_p=per_sample((p.top_p for p in params), np.float32),
+            min_p=per_sample((p.min_p for p in params), np.float32),
+            seed=per_sample((_signed(row.request.seed) for row in rows), np.int64),
+            position=self._move(position),
+            all_greedy=all(p.greedy for p in sampling),
+            any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in sampling),
+            penalties=self._penalties(rows, sample_lens, drafts),
+            bias_sample=None if bias is None else bias[0],
+            bias_token=None if bias is None else bias[1],
+            bias_value=None if bias is None else bias[2],
+        )
+
+    def _penalties(self, rows: Sequence[Row], sample_lens: tuple[int, ...], drafts: Tensor) -> Penalties | None:
+        """Counts at every sample of the rows that have penalties, the drafts before the sample counted as generated."""
+        if not any(n and row.request.params.has_penalties for row, n in zip(rows, sample_lens, strict=True)):
+            return None
+        drafted = drafts.tolist()
+        columns: list[list[npt.NDArray[np.generic]]] = []
+        sample = 0
+        for index, (row, count) in enumerate(zip(rows, sample_lens, strict=True)):
+            params = row.request.params
+            for slot in range(count if params.has_penalties else 0):
+                seen = np.array([*row.request.token_ids, *drafted[index][:slot]])
+                unique, inverse = np.unique(seen, return_inverse=True)
+                generated = np.bincount(inverse[row.request.num_prompt :], minlength=len(unique))
+                constants = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+                columns.append(
+                    [np.full(len(unique), sample + slot), unique, generated.astype(np.float32)]
+                    + [np.full(len(unique), value, dtype=np.float32) for value in constants]
+                )
+            sample += count
+        return Penalties(*(self._move(np.concatenate(parts)) for parts in zip(*columns, strict=True)))
+
+    def _bias(self, rows: Sequence[Row], sample_lens: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """logit_bias, and -inf on everything that would stop a request before its min_tokens."""
+        samples: list[int] = []
+        tokens: list[int] = []
+        values: list[float] = []
+        sample = 0
+        for row, count in zip(rows, sample_lens, strict=True):
+            request, params = row.request, row.request.params
+            stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
+            for slot in range(count):
+                entries = list(params.logit_bias)
+                if request.num_generated + slot < params.min_tokens:
+                    entries += [(token, _NEVER) for token in sorted(stops)]
+                samples += [sample + slot] * len(entries)
+                tokens += [token for token, _ in entries]
+                values += [value for _, value in entries]
+            sample += count
+        if not samples:
+            return None
+        ids = np.array(samples, dtype=np.int64), np.array(tokens, dtype=np.int64)
+        return self._move(ids[0]), self._move(ids[1]), self._move(np.array(values, dtype=np.float32))
+
+
+def _spread(plan: Plan, kept: Sequence[int]) -> list[int]:
+    """Kept drafts of every row of the plan; rows that do not draft keep none."""
+    counts = iter(kept)
+    return [next(counts) if row.max_drafts > 0 else 0 for row in plan.rows]
+
+
+def _row_tokens(row: Row, kept: int) -> list[int]:
+    """The row's known tokens, then room for its drafts."""
+    return row.request.token_ids[row.start : row.start + row.length] + [0] * kept
+
+
+def _page_table(rows: Sequence[Row]) -> npt.NDArray[np.int64]:
+    table = np.zeros((len(rows), max(len(row.request.pages) for row in rows)), dtype=np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row.request.pages)] = row.request.pages
+    return table
+
+
+def _within(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """0..counts[0]-1, 0..counts[1]-1, ... in one array."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+
+
+def _last_of_each(ends: npt.NDArray[np.int64], counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Indices of the last counts[r] tokens of each row r, rows in order."""
+    return np.repeat(ends - np.array(counts), counts) + _within(counts)
+
+
+def _num_scores(row: Row) -> int:
+    """Prompt positions of this row whose next prompt token is still to be scored."""
+    request = row.request
+    if request.params.prompt_logprobs is None:
+        return 0
+    return max(0, min(row.start + row.length, request.num_prompt - 1) - request.num_scored)
+
+
+def _signed(seed: int) -> int:
+    """The 64-bit seed as the int64 with the same bits."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed

@@ -1,0 +1,151 @@
+"""The step: plan, propose, budget, one ragged target forward, verify, observe, commit.
+
+Must not know: text, HTTP, threads. One thread owns an engine; nothing here blocks on anything but arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dspark_serve.drafters.base import Drafter
+from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.runner import Runner
+from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.sampling import logprob_table
+from dspark_serve.speculation.budget import Budget
+from dspark_serve.speculation.verify import verify
+from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.types import EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
+
+
+class Engine:
+    """A target, a drafter, a budget and a scheduler, meeting once per step."""
+
+    def __init__(
+        self, info: EngineInfo, scheduler: Scheduler, drafter: Drafter, budget: Budget, batcher: Batcher, runner: Runner
+    ) -> None:
+        self.info = info
+        self.scheduler = scheduler
+        self.drafter = drafter
+        self.budget = budget
+        self.batcher = batcher
+        self.runner = runner
+
+    @torch.inference_mode()
+    def step(self) -> StepReport:
+        """Advance every planned row by one chunk or by one token plus its accepted drafts."""
+        clock = _Clock()
+        plan = self.scheduler.plan()
+        if not plan.rows:
+            return StepReport(num_preempted=plan.num_preempted)
+        clock.lap("plan")
+        drafting = plan.drafting
+        proposal = self.drafter.propose(drafting) if drafting else Proposal.empty(0)
+        kept = self.budget.choose(plan, proposal)
+        clock.lap("propose")
+        batch = self.batcher.build(plan, proposal.trim(kept))
+        clock.lap("build")
+        out = self.runner.run(batch)
+        clock.lap("forward")
+        verdict = verify(out.logits, batch, self.info.verify_mode)
+        self.drafter.observe(batch, out.taps, verdict)
+        results = _results(plan, proposal, batch, verdict, out.logits)
+        clock.lap("verify")
+        report = self.scheduler.commit(plan, results)
+        for delta in report.deltas:
+            if delta.finish_reason is not None:
+                self.drafter.release(delta.request_id)
+        clock.lap("commit")
+        return replace(report, phase_ms=clock.phase_ms)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; InvalidRequest if it can never be served, EngineBusy if the queue is full."""
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request and give its pages back; False if it is not here any more."""
+        self.drafter.release(request_id)
+        return self.scheduler.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless requests and pages agree."""
+        self.scheduler.check_integrity()
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.phase_ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.phase_ms[phase] = (now - self._last) * 1e3
+        self._last = now
+
+
+def _results(plan: Plan, proposal: Proposal, batch: StepBatch, verdict: Verdict, logits: Tensor) -> list[RowResult]:
+    """The verdict on the host, with draft counts, and logprobs where a request asked for them."""
+    results = verdict.to_host()
+    drafted = iter(proposal.n_draft)
+    for index, (row, result) in enumerate(zip(plan.rows, results, strict=True)):
+        if row.max_drafts > 0:
+            kept = batch.sample_lens[index] - 1
+            results[index] = replace(result, n_draft=next(drafted), n_kept=kept)
+    if any(n is not None for n in batch.logprobs):
+        _add_logprobs(results, batch, logits)
+    if batch.score_index is not None:
+        _add_prompt_logprobs(results, batch, logits)
+    return results
+
+
+def _add_logprobs(results: list[RowResult], batch: StepBatch, logits: Tensor) -> None:
+    """Fill in `logprobs` of the rows that asked: one entry per token that came out."""
+    index: list[int] = []
+    tokens: list[int] = []
+    counts: list[int] = []
+    first = 0
+    for result, top, samples in zip(results, batch.logprobs, batch.sample_lens, strict=True):
+        if top is not None:
+            index += range(first, first + len(result.tokens))
+            tokens += result.tokens
+            counts += [top] * len(result.tokens)
+        first += samples
+    table = _table(logits, index, tokens, counts)
+    for row, (result, top) in enumerate(zip(results, batch.logprobs, strict=True)):
+        if top is not None and result.tokens:
+            results[row] = replace(result, logprobs=table[: len(result.tokens)])
+            table = table[len(result.tokens) :]
+
+
+def _add_prompt_logprobs(results: list[RowResult], batch: StepBatch, logits: Tensor) -> None:
+    """Fill in `prompt_logprobs` of the rows that score prompt tokens; their logits follow those of the samples."""
+    assert batch.score_targets is not None
+    counts = [top for top, n in zip(batch.score_top, batch.score_lens, strict=True) for _ in range(n)]
+    index = list(range(batch.num_samples, batch.num_samples + len(counts)))
+    table = _table(logits, index, batch.score_targets.tolist(), counts)
+    for row, n in enumerate(batch.score_lens):
+        if n:
+            results[row] = replace(results[row], prompt_logprobs=table[:n])
+            table = table[n:]
+
+
+def _table(
+    logits: Tensor, index: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
+) -> tuple[TokenLogprobs, ...]:
+    if not index:
+        return ()
+    rows = logits[torch.tensor(index, device=logits.device)]
+    chosen = torch.tensor(tokens, device=logits.device)
+    return logprob_table(rows, chosen, max(counts)).to_host(tokens, counts)
