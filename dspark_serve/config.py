@@ -34,6 +34,7 @@ class CacheConfig(Section):
 class EngineConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="Most requests running at once.")
     max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens through the model in one step.")
+    max_prefill_chunk: int | None = Field(None, ge=1, description="Most prompt tokens of one request per step.")
     max_queue: int = Field(1024, ge=1, description="Most requests waiting; more get 503.")
     seed: int = Field(0, description="Seeds of requests that bring none derive from it.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice.")

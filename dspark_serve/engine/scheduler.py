@@ -46,6 +46,7 @@ class Scheduler:
         max_queue: int,
         vocab_size: int,
         draft_width: int = 0,
+        max_prefill_chunk: int | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -54,6 +55,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.vocab_size = vocab_size
         self.draft_width = draft_width
+        self.max_prefill_chunk = max_prefill_chunk or max_num_batched_tokens
         self.waiting: list[Request] = []  # sorted by _order
         self.running: list[Request] = []  # sorted by _order
         self._by_id: dict[str, Request] = {}
@@ -144,7 +146,7 @@ class Scheduler:
             if request.status != "running":
                 break  # preempted for an earlier one: so is everything after it
             unseen = len(request.token_ids) - request.num_computed
-            length = 1 if unseen == 1 else min(unseen, budget - decoding)
+            length = 1 if unseen == 1 else min(unseen, budget - decoding, self.max_prefill_chunk)
             decoding -= unseen == 1
             if length <= 0:
                 continue
@@ -186,7 +188,7 @@ class Scheduler:
                 request.num_cached = request.num_computed
                 self._prefix_queries += num_known
                 self._prefix_hits += request.num_computed
-            length = min(num_known - request.num_computed, budget)
+            length = min(num_known - request.num_computed, budget, self.max_prefill_chunk)
             if not self.pool.grow(request.pages, request.num_computed + length):
                 raise AssertionError("pages were counted and must be there")
             request.status = "running"
