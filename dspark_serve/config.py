@@ -6,9 +6,15 @@ Leaf names are unique over the whole tree, so each option has one flat name: `--
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -16,48 +22,66 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    model: str = Field("smollm2-135m-instruct", description="Catalog name, local directory, GGUF file or hub id.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, else as stored.")
-    max_model_len: int | None = Field(None, ge=1, description="Longest sequence, prompt and answer; default: the model's.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with a checkpoint.")
-    chat_template: str | None = Field(None, description="Jinja file, or template text, instead of the tokenizer's.")
-    device: str = Field("auto", description="auto: cuda when available, else cpu.")
+    model: str = Field(
+        default="smollm2-135m-instruct", description="Catalog name, local directory, GGUF file or hub id."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on CPU, else as stored."
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest sequence, prompt and answer; default: the model's."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a checkpoint.")
+    chat_template: str | None = Field(
+        default=None, description="Jinja file, or template text, instead of the tokenizer's."
+    )
+    device: str = Field(default="auto", description="auto: cuda when available, else cpu.")
 
 
 class CacheConfig(Section):
-    page_size: int = Field(16, ge=1, description="Tokens per K/V page.")
-    kv_cache_gib: float | None = Field(None, gt=0, description="Memory for K/V; default: a share of what is free.")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory the server may use.")
-    enable_prefix_caching: bool = Field(True, description="Reuse K/V of equal prompt prefixes.")
+    page_size: int = Field(default=16, ge=1, description="Tokens per K/V page.")
+    kv_cache_gib: float | None = Field(
+        default=None, gt=0, description="Memory for K/V; default: a share of what is free."
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="Share of GPU memory the server may use."
+    )
+    enable_prefix_caching: bool = Field(default=True, description="Reuse K/V of equal prompt prefixes.")
 
 
 class EngineConfig(Section):
-    max_num_seqs: int = Field(64, ge=1, description="Most requests running at once.")
-    max_num_batched_tokens: int = Field(512, ge=1, description="Most tokens through the model in one step.")
-    max_prefill_chunk: int | None = Field(None, ge=1, description="Most prompt tokens of one request per step.")
-    max_queue: int = Field(1024, ge=1, description="Most requests waiting; more get 503.")
-    seed: int = Field(0, description="Seeds of requests that bring none derive from it.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's choice.")
+    max_num_seqs: int = Field(default=64, ge=1, description="Most requests running at once.")
+    max_num_batched_tokens: int = Field(default=512, ge=1, description="Most tokens through the model in one step.")
+    max_prefill_chunk: int | None = Field(default=None, ge=1, description="Most prompt tokens of one request per step.")
+    max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; more get 503.")
+    seed: int = Field(default=0, description="Seeds of requests that bring none derive from it.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's choice.")
 
 
 class SpeculationConfig(Section):
-    method: Literal["ngram", "none"] = Field("ngram", description="The drafter.")
-    num_speculative_tokens: int = Field(4, ge=0, description="Most drafts per request and step.")
-    prompt_lookup_min: int = Field(2, ge=1, description="Shortest n-gram looked up.")
-    prompt_lookup_max: int = Field(5, ge=1, description="Longest n-gram looked up.")
+    method: Literal["ngram", "none"] = Field(default="ngram", description="The drafter.")
+    num_speculative_tokens: int = Field(default=4, ge=0, description="Most drafts per request and step.")
+    prompt_lookup_min: int = Field(default=2, ge=1, description="Shortest n-gram looked up.")
+    prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")
     verify_mode: Literal["coupled", "rejection"] = Field(
-        "coupled", description="coupled: same seed, same text with or without speculation. rejection: same distribution."
+        default="coupled",
+        description="coupled: same seed, same text with or without speculation. rejection: same distribution.",
     )
 
 
 class ServerConfig(Section):
-    host: str = Field("127.0.0.1")
-    port: int = Field(8000, ge=0, le=65535)
-    api_key: str | None = Field(None, description="Clients must send it as a Bearer token.")
-    served_model_name: str | None = Field(None, description="Name in the API; default: MODEL.")
-    shutdown_timeout: float = Field(30.0, ge=0, description="Seconds that running requests get after SIGTERM.")
-    max_body_mib: float = Field(4.0, gt=0, description="Larger request bodies get 413.")
-    metrics_compat: Literal["none", "vllm"] = Field("none", description="vllm: repeat shared metrics under `vllm:`.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    api_key: str | None = Field(default=None, description="Clients must send it as a Bearer token.")
+    served_model_name: str | None = Field(default=None, description="Name in the API; default: MODEL.")
+    shutdown_timeout: float = Field(default=30.0, ge=0, description="Seconds that running requests get after SIGTERM.")
+    max_body_mib: float = Field(default=4.0, gt=0, description="Larger request bodies get 413.")
+    metrics_compat: Literal["none", "vllm"] = Field(
+        default="none", description="vllm: repeat shared metrics under `vllm:`."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe lines to log."
+    )
 
 
 class Config(Section):
@@ -66,3 +90,134 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     server: ServerConfig = ServerConfig()
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence naming the option and where it was set."""
+
+
+# Environment variables that are ours but no option of the tree.
+OTHER_VARIABLES = frozenset({"DSPARK_CACHE", "DSPARK_CONFIG", "DSPARK_SPECULATIVE_CONFIG"})
+
+
+def sections() -> dict[str, type[Section]]:
+    """The sections of the tree by name, in order."""
+    types = {name: info.annotation for name, info in Config.model_fields.items()}
+    return {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def leaves() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every option as (section, name, field)."""
+    for section, model in sections().items():
+        for name, info in model.model_fields.items():
+            yield section, name, info
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    file: Path | str | None = None,
+    speculative_config: str | Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge flags (by leaf name; None is "not given"), then environment, then the YAML file, then defaults.
+
+    `speculative_config` is vLLM's JSON object: its keys are leaves of `speculation`, as if they had been flags, and a
+    flag of the same name beats it. Raises ConfigError.
+    """
+    environment = environment or {}
+    file = file or environment.get("DSPARK_CONFIG") or None
+    flags = {name: value for name, value in (flags or {}).items() if value is not None}
+    known = {name for _, name, _ in leaves()}
+    for name in flags:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{_nearest(name, known)}")
+    variables = {name: environment.get(f"DSPARK_{name.upper()}", "") for name in known}
+    layers = [  # strongest first; each maps leaf -> value, with the words for where it comes from
+        (flags, "--{}"),
+        (_speculation(speculative_config, "--speculative-config"), "--speculative-config, {}"),
+        ({name: value for name, value in variables.items() if value != ""}, "DSPARK_{}"),
+        (_speculation(environment.get("DSPARK_SPECULATIVE_CONFIG"), "DSPARK_SPECULATIVE_CONFIG"), "{}"),
+        ({} if file is None else _read_yaml(Path(file)), f"{file}, {{}}"),
+    ]
+    tree: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    sources: dict[str, str] = {}
+    for section, name, _ in leaves():
+        for layer, source in layers:
+            if name in layer:
+                tree[section][name] = layer[name]
+                sources[name] = source.format(_spell(name, source))
+                break
+    return _build(tree, sources)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """One sentence for each DSPARK_ variable that no option reads."""
+    known = {f"DSPARK_{name.upper()}" for _, name, _ in leaves()} | OTHER_VARIABLES
+    strangers = [name for name in environment if name.startswith("DSPARK_") and name not in known]
+    return [f"environment variable {name} is not an option and is ignored{_nearest(name, known)}" for name in strangers]
+
+
+def _spell(name: str, source: str) -> str:
+    if source.startswith("--{"):
+        return name.replace("_", "-")
+    return name.upper() if source.startswith("DSPARK_{") else name
+
+
+def _build(tree: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][1]) if len(first["loc"]) > 1 else str(first["loc"][0])
+        raise ConfigError(f"{sources.get(name, name)}: {first['msg']}, not {first['input']!r}") from None
+
+
+def _speculation(value: str | Mapping[str, Any] | None, source: str) -> dict[str, Any]:
+    """vLLM's speculative_config, from JSON or a mapping, with every key known."""
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{source} must be a JSON object")
+    for key in value:
+        if key not in SpeculationConfig.model_fields:
+            raise ConfigError(f"{source}: unknown key {key!r}{_nearest(str(key), SpeculationConfig.model_fields)}")
+    return dict(value)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a YAML file, flat. Every section and key must exist."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections ({', '.join(sections())})")
+    home = {name: section for section, name, _ in leaves()}
+    flat: dict[str, Any] = {}
+    for section, options in document.items():
+        if section not in sections():
+            hint = f"; it belongs under {home[section]!r}" if section in home else _nearest(str(section), sections())
+            raise ConfigError(f"{path}: unknown section {section!r}{hint}")
+        if not isinstance(options, dict | None):
+            raise ConfigError(f"{path}: section {section!r} must be a mapping")
+        for name, value in (options or {}).items():
+            if home.get(name) != section:
+                hint = f"; it belongs under {home[name]!r}" if name in home else _nearest(str(name), home)
+                raise ConfigError(f"{path}: unknown key {name!r} in section {section!r}{hint}")
+            flat[name] = value
+    return flat
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,89 @@
+"""What happens to every request before any route: its id, the API key, the size of its body, the last safety net.
+
+Plain ASGI, because Starlette's function middleware hides disconnects. Must not know: routes, engine, text.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dspark_serve.server.errors import ApiError, to_api_error
+
+log = structlog.get_logger(__name__)
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gate:
+    """The outermost layer. Sets scope["request_id"], answers 401, 413 and 500 itself."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        self.app = app
+        self.api_key = None if api_key is None else api_key.encode()
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            self._admit(scope["path"], headers)
+            await self.app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            answer = to_api_error(error, request_id)
+            if answer.status >= 500:
+                log.exception("request failed", request_id=request_id, path=scope["path"])
+            if started:
+                raise  # half an answer is out: cutting the connection is the only honest signal left
+            await answer.response()(scope, receive, send_with_id)
+
+    def _admit(self, path: str, headers: Headers) -> None:
+        if self.api_key is not None and path not in OPEN_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key):
+                raise ApiError(
+                    401,
+                    "missing or wrong API key: send `Authorization: Bearer KEY`",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and (len(length) > 15 or int(length) > self.max_body_bytes):
+            raise self._too_large()
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that counts while the body comes in, because a chunked body has no length to check first."""
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise HTTPException(413, self._too_large().args[0])
+            return message
+
+        return limited
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request body is larger than {self.max_body_bytes} bytes", code="content_too_large")
