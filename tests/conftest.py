@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: the embedded default model, fetched once, and real prompts in its tokens."""
 
 import pytest
-import torch
 
 PROMPTS = [
     "Write a haiku about the sea.",
@@ -26,7 +25,7 @@ def smollm2_dir():
 def smollm2():
     from dspark_serve.models.loader import load_model, resolve
 
-    return load_model(resolve("smollm2-135m-instruct"), "float32", torch.device("cpu"))
+    return load_model(resolve("smollm2-135m-instruct"), "float32", "cpu")
 
 
 @pytest.fixture(scope="session")

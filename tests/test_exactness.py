@@ -35,7 +35,10 @@ class Subject:
 
     def engine(self, drafter, **options):
         return make_engine(
-            self.model, drafter_named(drafter, self.truth, self.model.info.vocab_size), page_size=self.page_size, **options
+            self.model,
+            drafter_named(drafter, self.truth, self.model.info.vocab_size),
+            page_size=self.page_size,
+            **options,
         )
 
 
@@ -114,7 +117,8 @@ def test_sampling_options_keep_the_promise(subjects):
 
     def requests():
         return [
-            make_request(f"r{i}", prompts[i], seed=i, max_tokens=24, logprobs=0, **options[i]) for i in range(len(options))
+            make_request(f"r{i}", prompts[i], seed=i, max_tokens=24, logprobs=0, **options[i])
+            for i in range(len(options))
         ]
 
     plain = None

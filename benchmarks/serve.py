@@ -1,0 +1,239 @@
+"""Engine against Transformers, n-gram drafting against none, host time per step, memory over time.
+
+SmolLM2, greedy, fp32, CPU. Both sides of each comparison alternate within one run, so that machine drift hits both.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import torch
+import typer
+from common import Spread, facts, prompts, write_json
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dspark_serve.config import Config
+from dspark_serve.engine.build import build_engine
+from dspark_serve.engine.engine import Engine
+from dspark_serve.types import Request, SamplingParams, StepReport
+
+MODEL = "smollm2-135m-instruct"
+NEW_TOKENS = 128
+HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
+COPY_TEXTS = [
+    "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light the "
+    "lamp. From the top she could see the fishing boats returning to the harbour, their sails orange in the low sun. "
+    "She counted them one by one, as her father had done before her, and wrote the number in a small blue book.",
+    "def moving_average(values, window):\n    if window <= 0:\n        raise ValueError('window must be positive')\n"
+    "    result = []\n    total = 0.0\n    for index, value in enumerate(values):\n        total += value\n"
+    "        if index >= window:\n            total -= values[index - window]\n        if index >= window - 1:\n"
+    "            result.append(total / window)\n    return result\n",
+    "The committee met on Tuesday to discuss the budget for the coming year. The treasurer reported that income had "
+    "risen by four percent, while the cost of heating had risen by eleven percent. It was agreed that the roof of the "
+    "library should be repaired before the winter, and that the repair should be paid for from the reserve fund.",
+]
+
+
+class Bench:
+    """The two sides of every comparison, loaded once."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.engines = {method: self._engine(method) for method in ("none", "ngram")}
+        path = self.engines["none"].info.model_dir
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._count = 0
+
+    @staticmethod
+    def _engine(method: str) -> Engine:
+        # No prefix cache: every repetition has to do all of its work, as the reference does.
+        options = {
+            "cache": {"kv_cache_gib": 0.5, "enable_prefix_caching": False},
+            "speculation": {"method": method},
+            "model": {"model": MODEL, "dtype": "float32", "device": "cpu"},
+        }
+        return build_engine(Config.model_validate(options))
+
+    def encode(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+
+    def ours(self, method: str, batch: Sequence[list[int]]) -> tuple[float, list[list[int]], list[StepReport]]:
+        """Seconds, tokens and step reports of serving the prompts together."""
+        engine = self.engines[method]
+        params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        tokens: dict[str, list[int]] = {}
+        reports: list[StepReport] = []
+        start = time.perf_counter()
+        for prompt in batch:
+            self._count += 1
+            tokens[str(self._count)] = []
+            engine.add(Request(str(self._count), tuple(prompt), params, seed=0))
+        while engine.has_work:
+            report = engine.step()
+            reports.append(report)
+            for delta in report.deltas:
+                tokens[delta.request_id].extend(delta.token_ids)
+        return time.perf_counter() - start, list(tokens.values()), reports
+
+    @torch.inference_mode()
+    def theirs(self, batch: Sequence[list[int]]) -> tuple[float, list[list[int]]]:
+        padded = self.tokenizer.pad({"input_ids": list(batch)}, return_tensors="pt")
+        start = time.perf_counter()
+        out = self.reference.generate(
+            **padded, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
+        return time.perf_counter() - start, out[:, padded["input_ids"].shape[1] :].tolist()
+
+    # ---- the comparisons
+
+    def compare(self, rounds: Sequence[Any], sides: dict[str, Callable[[Any], tuple[float, Any]]]) -> dict[str, Any]:
+        """Tokens/s per side and the ratio of second to first side, sides alternating; every side warms up once."""
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        equal: list[bool] = []
+        for side in sides.values():
+            side(rounds[0])
+        for number, item in enumerate(rounds):
+            order = list(sides) if number % 2 == 0 else list(reversed(sides))
+            outputs = {}
+            for name in order:
+                seconds, outputs[name] = sides[name](item)
+                rates[name].append(sum(map(len, outputs[name])) / seconds)
+            first, second = (outputs[name] for name in sides)
+            equal.append(first == second)
+        base, other = rates.values()
+        ratio = [b / a for a, b in zip(base, other, strict=True)]
+        result: dict[str, Any] = {name: Spread.of(values) for name, values in rates.items()}
+        return result | {"ratio": Spread.of(ratio), "same_tokens": f"{sum(equal)} of {len(equal)}"}
+
+    def single(self) -> dict[str, Any]:
+        items = [[self.encode(text)] for text in prompts()[:: 8 if self.quick else 3]]
+        return self.compare(items, {"transformers": self.theirs, "engine": lambda b: self.ours("none", b)[:2]})
+
+    def copying(self) -> dict[str, Any]:
+        texts = [f"Rewrite this text exactly, word for word:\n\n{text}" for text in COPY_TEXTS]
+        items = [[self.encode(text)] for text in texts * (1 if self.quick else 3)]
+        result = self.compare(
+            items, {"no drafter": lambda b: self.ours("none", b)[:2], "ngram": lambda b: self.ours("ngram", b)[:2]}
+        )
+        rows = [row for item in items[:3] for report in self.ours("ngram", item)[2] for row in report.rows]
+        return result | {"accepted_length": statistics.mean(row.n_accepted + 1 for row in rows)}
+
+    def batched(self) -> dict[str, Any]:
+        everything = [self.encode(text) for text in prompts()]
+        items = [everything[:16], everything[16:32]] * (1 if self.quick else 3)
+        return self.compare(items, {"transformers": self.theirs, "engine": lambda b: self.ours("none", b)[:2]})
+
+    def host(self) -> dict[str, Any]:
+        """Milliseconds of everything but the target's forward, at 16 decoding rows."""
+        batch = [self.encode(text) for text in prompts()[:16]]
+        _, _, reports = self.ours("none", batch)
+        full = [r.phase_ms for r in reports if len(r.rows) == 16 and not r.num_prefill_tokens]
+        total = Spread.of([sum(phases[name] for name in HOST_PHASES) for phases in full])
+        by_phase = {name: Spread.of([phases[name] for phases in full]) for name in (*HOST_PHASES, "forward")}
+        return {"host_ms": total, "phases_ms": by_phase}
+
+
+def memory(quick: bool) -> dict[str, Any]:
+    """Resident MiB of a real server after 20 and after 200 mixed requests over HTTP, 8 at a time."""
+    total = 120 if quick else 200
+    command = [sys.executable, "-m", "dspark_serve.cli", "serve", MODEL, "--port", "8931", "--kv-cache-gib", "0.5"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    base = "http://127.0.0.1:8931"
+    try:
+        _await_ready(base, server)
+        process = psutil.Process(server.pid)
+        texts = prompts()
+        levels: dict[int, float] = {}
+        import concurrent.futures as futures
+
+        def one(index: int) -> None:
+            body: dict[str, Any] = {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": texts[index % len(texts)]}],
+                "max_tokens": 8 + 24 * (index % 3),
+                "temperature": (0.0, 0.8, 1.0)[index % 3],
+                "seed": index,
+                "stream": index % 2 == 0,
+            }
+            if index % 5 == 0:
+                body |= {"top_p": 0.9, "frequency_penalty": 0.5}
+            if index % 7 == 0:
+                body |= {"logprobs": True, "top_logprobs": 3}
+            httpx.post(f"{base}/v1/chat/completions", json=body, timeout=300).raise_for_status()
+
+        with futures.ThreadPoolExecutor(8) as pool:
+            for start, stop in ((0, 20), (20, total)):
+                list(pool.map(one, range(start, stop)))
+                levels[stop] = process.memory_info().rss / 2**20
+        return {"requests": total, "rss_mib": levels, "growth_mib": levels[total] - levels[20]}
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _await_ready(base: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with exit code {server.returncode} before it was ready")
+        try:
+            if httpx.get(f"{base}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError("the server was not ready within a minute")
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(
+        "measured", "first side", "second side", "ratio / value", "same tokens", title="SmolLM2, greedy, fp32"
+    )
+    for key, label in (
+        ("single", "concurrency 1, tokens/s: Transformers, engine"),
+        ("copying", "copy-heavy, concurrency 1, tokens/s: no drafter, ngram"),
+        ("batched", "concurrency 16, tokens/s: Transformers static batch, engine"),
+    ):
+        sides = list(result[key].items())
+        table.add_row(label, str(sides[0][1]), str(sides[1][1]), str(result[key]["ratio"]), result[key]["same_tokens"])
+    table.add_row("host time per step at 16 rows, ms", "", "", str(result["host"]["host_ms"]), "")
+    memory_ = result["memory"]
+    table.add_row(
+        f"resident memory after {memory_['requests']} requests over 20, MiB", "", "", f"{memory_['growth_mib']:.1f}", ""
+    )
+    console.print(table)
+    console.print({key: value for key, value in result["facts"].items()})
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Fewer repetitions, under five minutes on two cores.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write everything measured here.")] = None,
+) -> None:
+    """Measure, print a table, exit 0 whatever the figures say."""
+    bench = Bench(quick)
+    result: dict[str, Any] = {"facts": facts()}
+    for name in ("single", "copying", "batched", "host"):
+        result[name] = getattr(bench, name)()
+    del bench
+    result["memory"] = memory(quick)
+    show(result)
+    write_json(json, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)
