@@ -29,7 +29,7 @@ class ModelConfig(Section):
         default="auto", description="auto: float32 on CPU, else as stored."
     )
     max_model_len: int | None = Field(
-        None, ge=1, description="Longest sequence, prompt and answer; default: the model's."
+        default=None, ge=1, description="Longest sequence, prompt and answer; default: the model's."
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a checkpoint.")
     chat_template: str | None = Field(

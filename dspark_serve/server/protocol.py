@@ -23,36 +23,15 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goe
 
 # Fields whose meaning we do not implement, and the values that ask for nothing. Anything else is refused by name.
 _NOTHING: tuple[object, ...] = (None, False, [], {})
+# fmt: off
 _UNSUPPORTED_PLAIN = (
-    # fmt: off
-    "audio",
-    "prediction",
-    "web_search_options",
-    "reasoning_effort",
-    "verbosity",
-    "moderation",
-    "documents",
-    "use_beam_search",
-    "prompt_logprobs",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "allowed_token_ids",
-    "bad_words",
-    "truncate_prompt_tokens",
-    "logits_processors",
-    "echo",
-    "include_stop_str_in_output",
-    "chat_template",
-    "mm_processor_kwargs",
-    "kv_transfer_params",
-    "cache_salt",
-    "thinking_token_budget",
-    "typical_p",
-    # fmt: on
+    "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity", "moderation", "documents",
+    "use_beam_search", "prompt_logprobs", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+    "guided_grammar", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "logits_processors", "echo",
+    "include_stop_str_in_output", "chat_template", "mm_processor_kwargs", "kv_transfer_params", "cache_salt",
+    "thinking_token_budget", "typical_p",
 )
+# fmt: on
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tools": _NOTHING,
     "tool_choice": (None, "none", "auto"),
@@ -66,23 +45,13 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (None, True),
     **dict.fromkeys(_UNSUPPORTED_PLAIN, _NOTHING),
 }
+# fmt: off
 # Fields that change nothing about the answer; accepted without a word.
-HARMLESS = frozenset(
-    # fmt: off
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "parallel_tool_calls",
-        "request_id",
-    }
-    # fmt: on
-)
+HARMLESS = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "parallel_tool_calls", "request_id",
+})
+# fmt: on
 _warned: set[str] = set()
 
 
@@ -188,20 +157,12 @@ class GenerationBody(Body):
         return SpeculationParams(self.speculation.enabled, self.speculation.max_draft_tokens)
 
 
+# fmt: off
 _PLAIN_SAMPLING = (  # fields that SamplingParams has under the same name
-    # fmt: off
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-    # fmt: on
+    "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "min_tokens", "ignore_eos",
 )
+# fmt: on
 
 
 def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
