@@ -167,11 +167,11 @@ def attend(
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, per_kv: int) -> Tensor:
-    """Over the last dimension, in float32, returned in the scores' dtype. A sink takes probability and gives nothing."""
+    """Over the last dimension, in float32, returned in the scores' dtype. A sink takes probability, gives nothing."""
     if sinks is None:
         probs = torch.softmax(scores, -1, dtype=torch.float32)
         return probs if scores.dtype == torch.float32 else probs.to(scores.dtype)
-    batch, rows, keys = scores.shape
+    batch, rows = scores.shape[:2]
     # A whole vector of columns goes in front, so that every key keeps its place within a vector for every length.
     front = scores.new_full((batch // kv_heads, kv_heads, rows // per_kv, per_kv, KEY_MULTIPLE), float("-inf"))
     front[..., 0] = sinks.to(scores.dtype).view(kv_heads, 1, per_kv)
@@ -180,7 +180,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, per_kv: int) -
 
 
 def _weighted_sum(probs: Tensor, values: Tensor) -> Tensor:
-    """probs [batch, rows, keys] @ values [batch, keys, value_dim], summed over keys in an order that is always the same.
+    """probs [batch, rows, keys] @ values [batch, keys, value_dim], summed over keys in an order that never varies.
 
     Blocks of keys are added one after the other: a row that masks the last blocks adds exact zeros.
     """

@@ -23,7 +23,7 @@ class Chunk:
 
 
 def probe_batch(chunks: Sequence[Chunk], page_size: int, device: torch.device | str = "cpu") -> StepBatch:
-    """A greedy StepBatch with one row per chunk in which every position is a sample (as if its successor were a draft)."""
+    """A greedy StepBatch with one row per chunk in which every position is a sample, its successor a draft."""
     tokens = [token for chunk in chunks for token in chunk.tokens]
     positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
     slots = [

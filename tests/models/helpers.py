@@ -37,7 +37,7 @@ def scrambled_pages(lengths: Sequence[int], page_size: int, seed: int = 0) -> li
 def step_batch(
     tokens: Sequence[int], chunking: Sequence[int], page_size: int = 16, pages: Sequence[int] | None = None
 ) -> list[StepBatch]:
-    """One sequence as steps of chunking[i] tokens each (they must add up to len(tokens)); every position is a sample."""
+    """One sequence as steps of chunking[i] tokens each (together all of them); every position is a sample."""
     assert sum(chunking) == len(tokens)
     pages = scrambled_pages([len(tokens)], page_size)[0] if pages is None else pages
     batches, start = [], 0

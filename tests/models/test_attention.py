@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from helpers import chunked, scrambled_pages
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models import attention
 from dspark_serve.models.attention import AttnMeta, attend
 from dspark_serve.models.invariance import Chunk, probe_batch
-from helpers import chunked, scrambled_pages
 
 PAGE = 16
 
