@@ -32,9 +32,9 @@ MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 128
 HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
 COPY_TEXTS = [
-    "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light the "
-    "lamp. From the top she could see the fishing boats returning to the harbour, their sails orange in the low sun. "
-    "She counted them one by one, as her father had done before her, and wrote the number in a small blue book.",
+    "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light "
+    "the lamp. From the top she could see the fishing boats returning to the harbour, their sails orange in the low "
+    "sun. She counted them one by one, as her father had done before her, and wrote the number in a small blue book.",
     "def moving_average(values, window):\n    if window <= 0:\n        raise ValueError('window must be positive')\n"
     "    result = []\n    total = 0.0\n    for index, value in enumerate(values):\n        total += value\n"
     "        if index >= window:\n            total -= values[index - window]\n        if index >= window - 1:\n"

@@ -1,4 +1,4 @@
-"""Promise 1: in coupled mode, no drafter, neighbour, preemption, cache hit or chunking changes a token or a logprob bit.
+"""Promise 1: in coupled mode no drafter, neighbour, preemption, cache hit or chunking changes a token or a logprob.
 
 Tokens and float logprobs are compared with ==, on a toy target and on the real default model.
 """
