@@ -58,11 +58,10 @@ class Tokenizer:
         directory = Path(directory)
         if not any(True for pattern in _TOKENIZER_FILES for _ in directory.glob(pattern)):
             return None
-        from transformers import AutoTokenizer
-
         template = read_chat_template(chat_template) if chat_template else None
         try:
-            inner = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+            loader = _tokenizer_class(directory)
+            inner = loader.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # Transformers raises whatever it tripped over
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TokenizerError(f"The tokenizer in {directory} cannot be loaded: {reason}") from error
@@ -341,6 +340,20 @@ def _plain_message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
 
 def _bad_messages(message: str) -> InvalidRequest:
     return InvalidRequest(f"messages {message}", param="messages", code="invalid_value")
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """AutoTokenizer, or at once the class it would choose: its search imports model code, seconds of every start."""
+    settings_file = directory / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    plain = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if plain and "auto_map" not in settings and (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _special_ids(inner: Any, backend: Any) -> Iterable[int]:
