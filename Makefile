@@ -1,0 +1,39 @@
+# Everything runs from a virtual environment in the checkout, made on first use and kept up to date with pyproject.toml.
+#   make serve ARGS="--port 9000"      make test PYTEST_ARGS="-k budget"
+VENV := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+SPEC := pyproject.toml constraints.txt
+RUNTIME := $(VENV)/.installed
+TESTING := $(VENV)/.installed-test
+
+.PHONY: install serve test lint clean
+
+install: $(RUNTIME)
+
+serve: $(RUNTIME)
+	@exec $(VENV)/bin/dspark-serve serve $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TESTING)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp is written only after pip succeeded; `venv` on an existing environment repairs it and keeps its packages.
+$(RUNTIME): $(SPEC)
+	@echo "Installing dspark-serve into $(VENV) (first time: a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(TESTING): $(SPEC)
+	@echo "Installing dspark-serve and its test tools into $(VENV) (first time: a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[test]'
+	@touch $(RUNTIME) $@
