@@ -173,7 +173,7 @@ class AsyncEngine:
 
         Raises InvalidRequest or EngineBusy as the engine does, EngineBusy while loading or draining, EngineDead.
         """
-        self._check_open()
+        self.check_open()
         stream = TokenStream(self, requests)
         ids = [request.request_id for request in requests]
         for request in requests:
@@ -224,11 +224,17 @@ class AsyncEngine:
             self._answers.discard(answer)
 
     @property
+    def thread_alive(self) -> bool:
+        """Whether the thread still runs; after `stop` only one that cannot be interrupted does."""
+        return self.state != "new" and self._thread.is_alive()
+
+    @property
     def num_requests(self) -> int:
         """Requests whose end is still to come."""
         return len(self._streams)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise what `submit` would raise now for the engine's state: EngineBusy, EngineDead, or nothing."""
         if self.state == "dead":
             raise EngineDead("the engine has failed; the server must be restarted")
         if self.state in ("new", "loading"):

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice as OpenAIChatChoice
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from dspark_serve.types import InvalidRequest, SamplingParams, SpeculationParams, SpeculationStats
+from dspark_serve.types import FinishReason, InvalidRequest, SamplingParams, SpeculationParams, SpeculationStats
 
 log = structlog.get_logger(__name__)
 MAX_CHOICES = 128
@@ -96,7 +96,7 @@ class GenerationBody(Body):
     stop_token_ids: Annotated[list[int], FailFast()] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -178,19 +178,10 @@ class ContentPart(Body):
 
 
 class Message(Body):
-    """One chat message. Parts of type `text` are joined; other parts are refused."""
+    """One chat message; names, tool calls and the like are passed to the chat template."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it, its content a string."""
-        content = self.content
-        if isinstance(content, list):
-            if any(part.type != "text" or part.text is None for part in content):
-                raise InvalidRequest("only content parts of type text are supported", "messages", "unsupported_content")
-            content = "".join(part.text or "" for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
 
 
 class ChatBody(GenerationBody):
@@ -308,7 +299,7 @@ class RequestMetrics(BaseModel):
 class ChatChoice(OpenAIChatChoice):
     """OpenAI's, and vLLM's `stop_reason` (what stopped it) and `token_ids`."""
 
-    finish_reason: Literal["stop", "length", "abort"]  # type: ignore[assignment]
+    finish_reason: FinishReason | None  # type: ignore[assignment]
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
 
@@ -321,7 +312,7 @@ class ChatResponse(ChatCompletion):
 
 
 class TextChoice(CompletionChoice):
-    finish_reason: Literal["stop", "length", "abort"]  # type: ignore[assignment]
+    finish_reason: FinishReason | None  # type: ignore[assignment]
     logprobs: dict[str, list[Any]] | None = None  # type: ignore[assignment]  # echo's first token has no logprob: null
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None

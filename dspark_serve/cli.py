@@ -1,0 +1,114 @@
+"""The `dspark-serve` command. Its flags are the leaves of the configuration tree, generated from it.
+
+Heavy modules are imported when a command runs, so that --help is quick. Must not know: how anything is served.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dspark_serve.config import ConfigError, leaves, load_config, unknown_variables
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="An LLM inference server whose speculative decoding is built in, exact, and never costs more than it earns.",
+)
+
+
+def main() -> None:
+    """Entry point of the `dspark-serve` command."""
+    app()
+
+
+def _fail(message: object) -> typing.NoReturn:
+    print(f"dspark-serve: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def serve(model: str | None, config: Path | None, speculative_config: str | None, **flags: Any) -> None:
+    """Serve MODEL over an OpenAI-compatible HTTP API.
+
+    Options win over environment variables (DSPARK_MAX_NUM_SEQS, ...), those over the YAML file, that over defaults.
+    """
+    for sentence in unknown_variables(os.environ):
+        print(f"dspark-serve: warning: {sentence}", file=sys.stderr)
+    try:
+        merged = load_config(
+            {"model": model, **flags}, environment=os.environ, file=config, speculative_config=speculative_config
+        )
+    except ConfigError as error:
+        _fail(error)
+    from dspark_serve.server.run import StartupError
+    from dspark_serve.server.run import serve as run
+
+    try:
+        code = run(merged)
+    except StartupError as error:
+        _fail(error)
+    raise SystemExit(code)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of dspark-serve and of what it computes with."""
+    from importlib.metadata import version as of
+
+    print(f"dspark-serve {of('dspark-serve')} (torch {of('torch')}, transformers {of('transformers')})")
+
+
+def _serve_signature() -> inspect.Signature:
+    """One parameter per leaf: `--max-num-seqs` for engine.max_num_seqs. None means "not given"."""
+
+    def parameter(name: str, annotation: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    speculative_help = 'JSON with vLLM\'s keys, e.g. \'{"method": "ngram", "num_speculative_tokens": 4}\'.'
+    parameters = [
+        parameter("model", Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_help("model"))]),
+        parameter("config", Annotated[Path | None, typer.Option("--config", help="YAML file of options.")]),
+        parameter(
+            "speculative_config",
+            Annotated[
+                str | None,
+                typer.Option("--speculative-config", help=speculative_help, rich_help_panel="speculation"),
+            ],
+        ),
+    ]
+    for section, name, info in leaves():
+        if name == "model":
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if info.annotation is bool:
+            flag = f"{flag}/--no-{flag.removeprefix('--')}"
+        option = typer.Option(flag, help=_help(name), rich_help_panel=section, show_default=False)
+        parameters.append(parameter(name, Annotated[_optional(info.annotation), option]))
+    return inspect.Signature(parameters)
+
+
+def _optional(kind: Any) -> Any:
+    return kind | None
+
+
+def _help(name: str) -> str:
+    info = next(info for _, leaf, info in leaves() if leaf == name)
+    default = "" if info.default is None else f" (default: {info.default})"
+    return f"{info.description or ''}{default}"
+
+
+# typer reads a command's options from its signature; ours is computed, so that no option can be forgotten.
+serve.__signature__ = _serve_signature()  # type: ignore[attr-defined]
+serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]
+app.command("serve")(serve)
+
+
+if __name__ == "__main__":
+    main()
