@@ -163,6 +163,8 @@ class HFModel:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> TargetOutput:
         """See TargetModel. Raises UnsupportedModel for taps when the model's layers are not a plain residual stream."""
+        if any(not -1 <= layer < self._info.num_layers for layer in taps):
+            raise ValueError(f"taps {list(taps)} must lie within -1..{self._info.num_layers - 1}")
         if taps and self._taps_refused is not None:
             raise UnsupportedModel(self._info.architecture, self._taps_refused)
         num_tokens = batch.token_ids.shape[0]
