@@ -83,3 +83,8 @@ class Choice:
         if delta.finish_reason is not None:
             text += detokenizer.flush()  # may complete a stop string, which then ended the text at its last token
         return text, len(tokens), detokenizer.stop_string
+
+
+def choice_seeds(seed: int, n: int) -> list[int]:
+    """The seeds of `n` choices of one prompt: seed, seed + 1, ..., wrapped into the 64 bits that a seed may have."""
+    return [each if each < 1 << 64 else each - (1 << 64) for each in range(seed, seed + n)]

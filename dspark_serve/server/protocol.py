@@ -11,7 +11,7 @@ import structlog
 from openai.types import Completion, CompletionChoice, CompletionUsage, Model
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice as OpenAIChatChoice
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dspark_serve.types import FinishReason, InvalidRequest, SamplingParams, SpeculationParams, SpeculationStats
 
@@ -92,8 +92,8 @@ class GenerationBody(Body):
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = None
-    stop: str | Annotated[list[str], FailFast()] | None = None
-    stop_token_ids: Annotated[list[int], FailFast()] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
@@ -204,11 +204,13 @@ class ChatBody(GenerationBody):
         return self.top_logprobs or 0
 
 
-TokenIds = Annotated[list[int], FailFast()]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | Annotated[list[str], FailFast()] | TokenIds | Annotated[list[TokenIds], FailFast()]
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     logprobs: int | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None

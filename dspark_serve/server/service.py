@@ -10,10 +10,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from itertools import product
 
 from anyio import to_thread
 
-from dspark_serve.choice import Choice, Piece
+from dspark_serve.choice import Choice, Piece, choice_seeds
 from dspark_serve.config import Config
 from dspark_serve.server.async_engine import AsyncEngine, EngineLike, RequestFailed, TokenStream
 from dspark_serve.server.errors import ApiError
@@ -133,13 +134,13 @@ class Service:
             Request(
                 request_id=f"{stem}-{index}",
                 prompt_token_ids=tuple(prompt),
-                params=params if n == 1 else replace(params, seed=_wrap(seed + number)),
-                seed=_wrap(seed + number),
+                params=params if n == 1 else replace(params, seed=choice_seed),
+                seed=choice_seed,
                 eos_token_ids=eos,
                 speculation=speculation,
                 priority=priority,
             )
-            for index, (prompt, number) in enumerate((p, i) for p in prompts for i in range(n))
+            for index, (prompt, choice_seed) in enumerate(product(prompts, choice_seeds(seed, n)))
         ]
 
     async def start(self, body: GenerationBody, prompts: list[list[int]]) -> Answer:
@@ -179,8 +180,3 @@ class Answer:
     def close(self) -> None:
         """Cancel what still runs; the pages come back before the engine's next step."""
         self._stream.close()
-
-
-def _wrap(seed: int) -> int:
-    """Into the 64 bits that a seed may have."""
-    return seed if -(1 << 63) <= seed < 1 << 64 else seed - (1 << 64)

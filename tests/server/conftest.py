@@ -1,0 +1,31 @@
+"""An in-process client on a scripted engine."""
+
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from fakes import FakeEngine, make_app, settled
+
+
+@pytest.fixture
+def serve():
+    """`async with serve(engine, **options) as client`: the application, its life cycle and a client on it.
+
+    On the way out, the engine must be whole and every page free.
+    """
+
+    @asynccontextmanager
+    async def run(engine=None, check=True, **options):
+        engine = engine or FakeEngine()
+        app = make_app(engine, **options)
+        service = app.state.service
+        async with app.router.lifespan_context(app):
+            await service.engine.wait_loaded()
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:
+                client.service, client.engine = service, engine
+                yield client
+            if check:
+                await settled(service, engine)
+
+    return run
