@@ -213,14 +213,15 @@ class _WindowDecoder:
         self._given = len(self._window)  # tokens of the window whose text is out
 
     def step(self, token_id: int) -> str:
-        if token_id in self._skipped:
+        if token_id in self._skipped or not self._tokenizer.token_bytes(token_id):
             return ""
         self._window.append(token_id)
         text = self._difference()
         pending = len(self._window) - self._given
-        if not text or (text.endswith(REPLACEMENT) and pending < _MAX_CHAR_TOKENS):
+        if text.endswith(REPLACEMENT) and pending < _MAX_CHAR_TOKENS:
             return ""
-        self._window = self._window[self._given :]
+        if text:  # else (a leading space that is dropped) the token still counts as context
+            self._window = self._window[self._given :]
         self._given = len(self._window)
         return text
 

@@ -212,8 +212,12 @@ def _build(path: Path, architecture: str, dtype: torch.dtype, device: torch.devi
     if architecture in SUPPORTED_ARCHITECTURES:
         return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device)
     from dspark_serve.models.hf import HFModel  # imports Transformers' modelling code, which takes seconds
+    from dspark_serve.models.hf_probe import UnsupportedModel
 
-    return HFModel.from_pretrained(str(path), dtype, device, trust)
+    try:
+        return HFModel.from_pretrained(str(path), dtype, device, trust)
+    except UnsupportedModel as error:
+        raise LoadError(str(error)) from error
 
 
 def _resolve_dtype(dtype: str, device: torch.device, config: dict[str, Any]) -> torch.dtype:
