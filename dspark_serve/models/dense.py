@@ -1,0 +1,368 @@
+"""The dense decoder family: Llama (SmolLM2 too), Mistral, Qwen2, Qwen3, as one configurable model with fused weights.
+
+Must not know: files, requests, sampling, drafters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.models.attention import AttnMeta, attend
+from dspark_serve.models.base import ModelInfo
+from dspark_serve.models.layers import Linear, Rotary, backend_name, make_linear, swiglu
+from dspark_serve.tensors import StepBatch, TargetOutput
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Values Transformers assumes where a config.json is silent, as far as the families differ from each other.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "MistralForCausalLM": {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+}
+
+
+class UnsupportedConfig(ValueError):
+    """The config asks for something this implementation does not have; the message names it."""
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """What the decoder is made of. Widths in elements; `windows` in tokens, None where a layer sees everything."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    rope: Mapping[str, Any]
+    windows: tuple[int | None, ...]  # [num_layers]
+    tied: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    @staticmethod
+    def parse(config: Mapping[str, Any] | Any) -> DenseConfig:
+        """From a config.json's contents or a Transformers config. Raises UnsupportedConfig naming the obstacle."""
+        given: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        architecture = _architecture(given)
+        values = {**_DEFAULTS[architecture], **given}
+        if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise UnsupportedConfig(f"{architecture}: activation {activation!r} is not supported (only silu)")
+        if values.get("quantization_config"):
+            method = values["quantization_config"].get("quant_method", "unknown")
+            raise UnsupportedConfig(f"{architecture}: weights quantized by {method!r} are not supported")
+        llama, qwen2, qwen3 = (architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3"))
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        attention_bias = bool(values.get("attention_bias", False))
+        parsed = DenseConfig(
+            architecture=architecture,
+            vocab_size=int(values["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(values["intermediate_size"]),
+            num_layers=int(values["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
+            max_positions=int(values["max_position_embeddings"]),
+            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            rope=_rope(values),
+            windows=_windows(architecture, values),
+            tied=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=qwen2 or ((llama or qwen3) and attention_bias),
+            out_bias=(llama or qwen3) and attention_bias,
+            mlp_bias=llama and bool(values.get("mlp_bias", False)),
+            qk_norm=qwen3,
+        )
+        if parsed.heads % parsed.kv_heads:
+            raise UnsupportedConfig(f"{architecture}: {heads} heads cannot share {parsed.kv_heads} key/value heads")
+        return parsed
+
+    @property
+    def usable_positions(self) -> int:
+        """Positions the model was made for; yarn's factor says so where max_position_embeddings may not."""
+        if self.rope.get("rope_type", self.rope.get("type")) != "yarn" or not self.rope.get("factor"):
+            return self.max_positions
+        original = self.rope.get("original_max_position_embeddings") or self.max_positions
+        return max(self.max_positions, int(original * self.rope["factor"]))
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = list(config.get("architectures") or [])
+    if not named:
+        named = [name for name in SUPPORTED_ARCHITECTURES if name.lower() == f"{config.get('model_type')}forcausallm"]
+    if not named or named[0] not in SUPPORTED_ARCHITECTURES:
+        asked = named[0] if named else config.get("model_type")
+        raise UnsupportedConfig(f"architecture {asked} is not one of {', '.join(SUPPORTED_ARCHITECTURES)}")
+    return str(named[0])
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Newer configs say `rope_parameters`, older ones `rope_scaling` beside a `rope_theta` of their own."""
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(name) is None and values.get(name) is not None:
+            rope[name] = values[name]
+    rope.setdefault("rope_theta", 10000.0)
+    if values.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    return rope
+
+
+def _windows(architecture: str, values: Mapping[str, Any]) -> tuple[int | None, ...]:
+    count, window = int(values["num_hidden_layers"]), values.get("sliding_window")
+    if architecture == "MistralForCausalLM":
+        return (window,) * count
+    if architecture == "LlamaForCausalLM" or not values.get("use_sliding_window", False):
+        return (None,) * count
+    types = values.get("layer_types")
+    if types is None:
+        first = int(values.get("max_window_layers", 28))
+        types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
+    known = {"sliding_attention": window, "full_attention": None}
+    for kind in types:
+        if kind not in known:
+            raise UnsupportedConfig(f"{architecture}: layer type {kind!r} is not supported")
+    return tuple(known[kind] for kind in types)
+
+
+class _Loading:
+    """Every tensor of the model, filled with NaN until its part of the checkpoint has been copied in."""
+
+    def __init__(self, config: DenseConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self.whole: dict[str, Tensor] = {}  # by the model's own name
+        self._parts: dict[str, Tensor] = {}  # by the checkpoint's name: views into the above
+        self._tied = config.tied
+        c, width = config, config.heads * config.head_dim
+        kv_width = c.kv_heads * c.head_dim
+        qkv = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
+        gate_up = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        self._add("embed", {"model.embed_tokens.weight": c.vocab_size}, c.hidden_size)
+        for layer in range(c.num_layers):
+            prefix = f"model.layers.{layer}."
+            self._linear(f"{layer}.qkv", prefix + "self_attn.", qkv, c.hidden_size, c.qkv_bias)
+            self._linear(f"{layer}.out", prefix + "self_attn.", {"o_proj": c.hidden_size}, width, c.out_bias)
+            self._linear(f"{layer}.gate_up", prefix + "mlp.", gate_up, c.hidden_size, c.mlp_bias)
+            self._linear(
+                f"{layer}.down", prefix + "mlp.", {"down_proj": c.hidden_size}, c.intermediate_size, c.mlp_bias
+            )
+            self._add(f"{layer}.attention_norm", {prefix + "input_layernorm.weight": c.hidden_size})
+            self._add(f"{layer}.mlp_norm", {prefix + "post_attention_layernorm.weight": c.hidden_size})
+            if c.qk_norm:
+                self._add(f"{layer}.q_norm", {prefix + "self_attn.q_norm.weight": c.head_dim})
+                self._add(f"{layer}.k_norm", {prefix + "self_attn.k_norm.weight": c.head_dim})
+        self._add("norm", {"model.norm.weight": c.hidden_size})
+        if not c.tied:
+            self._add("head", {"lm_head.weight": c.vocab_size}, c.hidden_size)
+        self._missing = dict.fromkeys(self._parts)
+
+    def _add(self, name: str, parts: Mapping[str, int], columns: int | None = None) -> None:
+        shape = (sum(parts.values()),) if columns is None else (sum(parts.values()), columns)
+        self.whole[name] = torch.full(shape, float("nan"), dtype=self._dtype, device=self._device)
+        self._parts.update(zip(parts, torch.split(self.whole[name], list(parts.values())), strict=True))
+
+    def _linear(self, name: str, prefix: str, parts: Mapping[str, int], columns: int, bias: bool) -> None:
+        self._add(f"{name}.weight", {f"{prefix}{part}.weight": rows for part, rows in parts.items()}, columns)
+        if bias:
+            self._add(f"{name}.bias", {f"{prefix}{part}.bias": rows for part, rows in parts.items()})
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises ValueError naming tensors that are unexpected, misshapen, missing or not numbers."""
+        unexpected = []
+        for name, tensor in weights:
+            target = self._parts.get(name)
+            if target is None:
+                if not name.endswith("rotary_emb.inv_freq") and not (self._tied and name == "lm_head.weight"):
+                    unexpected.append(name)
+                continue
+            if target.shape != tensor.shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(target.shape)}")
+            target.copy_(tensor)
+            self._missing.pop(name, None)
+        if unexpected:
+            raise ValueError(f"the checkpoint has tensors the model has no place for: {_listed(unexpected)}")
+        if self._missing:
+            raise ValueError(f"the checkpoint lacks {_listed(list(self._missing))}")
+        broken = [name for name, tensor in self._parts.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+        if broken:
+            raise ValueError(f"the checkpoint holds values that are not finite in {_listed(broken)}")
+
+    def take(self, name: str) -> Tensor | None:
+        """Hand a tensor over, so that its memory goes once it is packed."""
+        self._parts.clear()
+        return self.whole.pop(name, None)
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self.take(name)
+        assert tensor is not None, name
+        return tensor
+
+    def linear(self, name: str) -> Linear:
+        return make_linear(self.tensor(f"{name}.weight"), self.take(f"{name}.bias"))
+
+
+def _listed(names: Sequence[str], shown: int = 8) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: Tensor  # [hidden]
+    qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
+    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    out: Linear  # heads * head_dim -> hidden
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Linear  # hidden -> 2 * intermediate
+    down: Linear  # intermediate -> hidden
+    window: int | None
+
+
+class DenseModel:
+    """A TargetModel (models/base.py). Make one with `from_weights`."""
+
+    def __init__(
+        self,
+        config: DenseConfig,
+        layers: Sequence[_Layer],
+        embed: Tensor,  # [vocab, hidden]
+        norm: Tensor,  # [hidden]
+        head: Linear,  # hidden -> vocab
+    ) -> None:
+        self.config = config
+        self._layers = tuple(layers)
+        self._embed, self._norm, self._head = embed, norm, head
+        self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
+        self._info = ModelInfo(
+            architecture=config.architecture,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            max_model_len=config.usable_positions,
+            kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
+            dtype=embed.dtype,
+            backend=backend_name(embed.dtype, embed.device),
+        )
+
+    @staticmethod
+    def from_weights(
+        config: Mapping[str, Any] | Any,
+        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> DenseModel:
+        """From a config (config.json's contents or a Transformers config) and a checkpoint's named tensors.
+
+        Raises UnsupportedConfig for what the family does not cover here, ValueError for tensors that are missing,
+        unexpected, misshapen or not finite, naming them. Rotary buffers and a tied head's copy are ignored.
+        """
+        parsed = DenseConfig.parse(config)
+        try:
+            Rotary(parsed.rope, parsed.head_dim, parsed.max_positions)
+        except ValueError as error:
+            raise UnsupportedConfig(f"{parsed.architecture}: {error}") from error
+        with torch.no_grad():
+            loading = _Loading(parsed, dtype, torch.device(device))
+            loading.load(weights.items() if isinstance(weights, Mapping) else weights)
+            layers = [_make_layer(parsed, loading, layer) for layer in range(parsed.num_layers)]
+            embed = loading.tensor("embed")
+            head = make_linear(embed if parsed.tied else loading.tensor("head"))
+            return DenseModel(parsed, layers, embed, loading.tensor("norm"), head)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        return self._embed.device
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> TargetOutput:
+        """See TargetModel. Taps [tokens, len(taps) * hidden] come in the model's dtype."""
+        for tap in taps:
+            if not -1 <= tap < self.config.num_layers:
+                raise ValueError(
+                    f"tap {tap} is not a layer: -1 is the embedding, {self.config.num_layers - 1} the last"
+                )
+        meta = AttnMeta.build(batch, store.page_size)
+        cos, sin = self._rotary.at(batch.positions, max(batch.context_lens))
+        hidden = self._embed.index_select(0, batch.token_ids)  # [tokens, hidden]
+        tapped = {-1: hidden}
+        for index, layer in enumerate(self._layers):
+            hidden = self._attention(layer, index, hidden, cos, sin, meta, store)
+            hidden = hidden + layer.down(swiglu(layer.gate_up(self._normed(hidden, layer.mlp_norm))))
+            if index in taps:
+                tapped[index] = hidden
+        wanted = batch.sample_index
+        if batch.score_index is not None:
+            wanted = torch.cat([wanted, batch.score_index])
+        logits = self._logits(hidden.index_select(0, wanted))
+        return TargetOutput(logits, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None)
+
+    def _attention(
+        self, layer: _Layer, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, meta: AttnMeta, store: KVStore
+    ) -> Tensor:
+        c = self.config
+        both = c.heads + c.kv_heads
+        qkv = layer.qkv(self._normed(hidden, layer.attention_norm)).view(-1, both + c.kv_heads, c.head_dim)
+        qk = qkv[:, :both]  # queries and keys are normed and turned in one go
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (c.head_dim,), eps=c.norm_eps).mul_(layer.qk_norm)
+        qk = self._rotary.apply(qk, cos, sin)
+        context = attend(
+            qk[:, : c.heads],
+            qk[:, c.heads :],
+            qkv[:, both:],
+            index,
+            meta,
+            store,
+            scale=c.head_dim**-0.5,
+            sliding_window=layer.window,
+        )  # [tokens, heads, head_dim]
+        return hidden + layer.out(context.view(-1, c.heads * c.head_dim))
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.norm_eps)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if not hidden.shape[0]:
+            return torch.empty((0, self.config.vocab_size), device=hidden.device)
+        return self._head(self._normed(hidden, self._norm)).float()
+
+
+def _make_layer(config: DenseConfig, loading: _Loading, layer: int) -> _Layer:
+    qk_norm = None
+    if config.qk_norm:
+        q_norm, k_norm = loading.tensor(f"{layer}.q_norm"), loading.tensor(f"{layer}.k_norm")
+        qk_norm = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
+    return _Layer(
+        attention_norm=loading.tensor(f"{layer}.attention_norm"),
+        qkv=loading.linear(f"{layer}.qkv"),
+        qk_norm=qk_norm,
+        out=loading.linear(f"{layer}.out"),
+        mlp_norm=loading.tensor(f"{layer}.mlp_norm"),
+        gate_up=loading.linear(f"{layer}.gate_up"),
+        down=loading.linear(f"{layer}.down"),
+        window=config.windows[layer],
+    )
