@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from dspark_serve.models.catalog import CATALOG, CatalogEntry, LoadError, ModelN
 
 if TYPE_CHECKING:
     from dspark_serve.models.base import TargetModel
+
+logger = logging.getLogger(__name__)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model.safetensors.index.json"
@@ -96,6 +99,8 @@ def load_model(
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError, SafetensorError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            text = f"{text} is missing"
         raise LoadError(f"The model {resolved.name} ({architectures[0]}) cannot be loaded: {text}") from error
 
 
@@ -207,10 +212,13 @@ def _check_directory(path: Path) -> None:
 
 
 def _build(path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool) -> TargetModel:
-    from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseModel
+    from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseModel, UnsupportedConfig
 
     if architecture in SUPPORTED_ARCHITECTURES:
-        return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device)
+        try:
+            return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device)
+        except UnsupportedConfig as error:  # a variation of the family that only the general code knows
+            logger.info("%s goes through Transformers: %s", path.name, error)
     from dspark_serve.models.hf import HFModel  # imports Transformers' modelling code, which takes seconds
     from dspark_serve.models.hf_probe import UnsupportedModel
 

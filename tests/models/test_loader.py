@@ -11,11 +11,13 @@ import pytest
 import torch
 from gguf_files import LLAMA_SHAPE, original_weights, write_gguf
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from dspark_serve.models import gguf_convert
 from dspark_serve.models.catalog import LoadError, ModelNotFound
 from dspark_serve.models.loader import generation_defaults, iterate_weights, load_model, resolve, weight_files
 
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 40}
 Q = gguf.GGMLQuantizationType
 
 
@@ -92,7 +94,6 @@ def test_gguf_incomplete_truncated_garbage(tmp_path: Path, own_cache: Path) -> N
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_rope_factors_are_recognised(factor: float) -> None:
-    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0}
@@ -119,6 +120,11 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 
 def test_bad_directories(tmp_path: Path) -> None:
     directory = _model_dir(tmp_path / "dir")
+    with pytest.raises(LoadError, match=r"\(LlamaForCausalLM\) cannot be loaded: '\w+' is missing"):
+        load_model(resolve(str(directory)))
+    _model_dir(directory, **LlamaConfig(**TINY).to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(LoadError, match=r"\(LlamaForCausalLM\) cannot be loaded: .*no place for: a$"):
+        load_model(resolve(str(directory)))
     assert resolve(str(directory)).path == directory
     (directory / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(LoadError, match="damaged or truncated"):
@@ -170,6 +176,19 @@ def test_unknown_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         resolve("someone/some-model")
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_gguf_model_computes_what_transformers_computes(arch: str, tmp_path: Path, own_cache: Path) -> None:
+    from helpers import run_one
+    from transformers import AutoModelForCausalLM
+
+    write_gguf(tmp_path / "tiny.gguf", arch, original_weights(arch), Q.Q8_0)
+    resolved = resolve(str(tmp_path / "tiny.gguf"))
+    tokens = [5, 9, 100, 7, 7, 30]
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(resolved.path)(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(run_one(load_model(resolved), tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_unknown_architecture_and_dtype(tmp_path: Path) -> None:
     directory = _model_dir(tmp_path / "dir", architectures=["MadeUpForCausalLM"], model_type="made_up")
     with pytest.raises(LoadError, match="MadeUpForCausalLM"):
@@ -194,8 +213,15 @@ def test_generation_defaults(tmp_path: Path) -> None:
 
 
 def test_default_model_is_the_file_dequantised(smollm2_dir: Path) -> None:
-    reader = gguf.GGUFReader(next(smollm2_dir.glob("*.gguf")))
-    source = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    from transformers.integrations.gguf.reader import GgufHeader  # GGUFReader takes seconds over the vocabulary
+
+    file = next(smollm2_dir.glob("*.gguf"))
+    header, data = GgufHeader.from_file(str(file)), np.memmap(file, mode="r", dtype=np.uint8)
+    source = {}
+    for tensor in header.tensors:
+        start = header.data_start + tensor.offset
+        blocks = data[start : start + tensor.nbytes].reshape(*tensor.shape[:-1], -1)
+        source[tensor.name] = gguf.dequantize(np.asarray(blocks), Q(tensor.ggml_type))
     loaded = dict(iterate_weights(smollm2_dir, progress=False))
     assert len(loaded) == len(source) == 272
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
