@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -128,10 +128,10 @@ class LLM:
         A prompt is a string or {"prompt_token_ids": [...]}; `sampling_params` one for all, or one per prompt.
         Raises InvalidRequest, naming the prompt, before anything is generated for a later one.
         """
-        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        token_ids = [self._token_ids(prompt) for prompt in prompts]  # type: ignore[arg-type]
+        single = isinstance(prompts, str | Mapping) or (bool(prompts) and isinstance(prompts[0], int))
+        many = cast(Sequence[Prompt], [prompts] if single else prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in many]
+        token_ids = [self._token_ids(prompt) for prompt in many]
         return self._run(texts, token_ids, self._per_prompt(sampling_params, len(token_ids)), use_tqdm, speculation)
 
     def chat(

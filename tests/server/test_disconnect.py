@@ -1,0 +1,104 @@
+"""Clients that hang up: queued, mid-decode, streaming or not; their requests end and the pages come back."""
+
+import asyncio
+import json
+
+import pytest
+from fakes import FakeEngine, make_app, settled
+
+
+class Client:
+    """One raw ASGI request whose `hang_up` the application sees as a disconnect."""
+
+    def __init__(self, app, body):
+        self.app = app
+        self.sent = []
+        self.news = asyncio.Event()
+        self._inbox = asyncio.Queue()
+        self._inbox.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        headers = [(b"content-type", b"application/json")]
+        self._scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
+            "headers": headers, "server": ("test", 80), "client": ("test", 1), "state": {},
+        }  # fmt: skip
+        self.task = asyncio.create_task(app(self._scope, self._inbox.get, self._send))
+
+    async def _send(self, message):
+        self.sent.append(message)
+        self.news.set()
+
+    def hang_up(self):
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_mid_decode(stream):
+    engine = FakeEngine(delay_s=0.002)
+    app = make_app(engine)
+    service = app.state.service
+    async with app.router.lifespan_context(app):
+        await service.engine.wait_loaded()
+        client = Client(app, {"prompt": "x", "max_tokens": 500, "stream": stream})
+        while engine.steps < 5:
+            await asyncio.sleep(0.005)
+        client.hang_up()
+        await asyncio.wait_for(client.task, 5)
+        await settled(service, engine)
+        assert engine.steps < 200
+        assert b'{finished_reason="abort",model_name="fake"} 1.0' in service.metrics.render()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_in_the_queue(stream):
+    engine = FakeEngine(max_num_seqs=1, delay_s=0.002)
+    app = make_app(engine)
+    service = app.state.service
+    async with app.router.lifespan_context(app):
+        await service.engine.wait_loaded()
+        first = Client(app, {"prompt": "x", "max_tokens": 300})
+        while not engine.steps:
+            await asyncio.sleep(0.005)
+        queued = Client(app, {"prompt": "x", "max_tokens": 300, "stream": stream, "n": 3})
+        while service.engine.num_requests < 4:
+            await asyncio.sleep(0.005)
+        queued.hang_up()
+        await asyncio.wait_for(queued.task, 5)
+        assert service.engine.num_requests == 1
+        first.hang_up()
+        await asyncio.wait_for(first.task, 5)
+        await settled(service, engine)
+
+
+async def test_before_the_engine_has_answered():
+    engine = FakeEngine()
+    app = make_app(engine)
+    service = app.state.service
+    async with app.router.lifespan_context(app):
+        await service.engine.wait_loaded()
+        engine.gate.clear()
+        held = Client(app, {"prompt": "x", "max_tokens": 3})
+        await asyncio.sleep(0.05)
+        late = Client(app, {"prompt": "x", "max_tokens": 500, "stream": True})
+        await asyncio.sleep(0.05)
+        late.hang_up()
+        await asyncio.wait_for(late.task, 5)
+        engine.gate.set()
+        await asyncio.wait_for(held.task, 5)
+        await settled(service, engine)
+        assert engine.steps < 50
+
+
+async def test_a_stream_whose_task_is_cancelled():
+    """As uvicorn does to what is left when its patience ends."""
+    engine = FakeEngine(delay_s=0.002)
+    app = make_app(engine)
+    service = app.state.service
+    async with app.router.lifespan_context(app):
+        await service.engine.wait_loaded()
+        client = Client(app, {"prompt": "x", "max_tokens": 500, "stream": True})
+        await asyncio.wait_for(client.news.wait(), 5)
+        client.task.cancel()
+        await asyncio.gather(client.task, return_exceptions=True)
+        await settled(service, engine)
+        assert engine.steps < 200
