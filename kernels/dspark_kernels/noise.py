@@ -148,15 +148,14 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 def bits(seed: Tensor, position: Tensor, token: Tensor, stream: int = GUMBEL) -> Tensor:
     """bits_np on int64 tensors of any broadcastable shapes -> int64 in [0, 2^32)."""
-    shape = torch.broadcast_shapes(seed.shape, position.shape, token.shape)
-    token = token.expand(shape)
+    token = token.expand_as(seed ^ position ^ token)  # broadcast all three
     outputs = _philox_at(seed, position, token >> 2, stream)
     return torch.stack(outputs, dim=-1).gather(-1, (token & 3).unsqueeze(-1)).squeeze(-1)
 
 
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:
     """uniform_np on int64 tensors of broadcastable shapes -> float32."""
-    group = torch.zeros(torch.broadcast_shapes(seed.shape, position.shape), dtype=torch.int64, device=seed.device)
+    group = torch.zeros_like(seed ^ position)  # broadcast both
     return _open_unit(_philox_at(seed, position, group, stream)[0])
 
 
