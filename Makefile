@@ -14,7 +14,9 @@ install: $(RUNTIME)
 serve: $(RUNTIME)
 	@exec $(VENV)/bin/dspark-serve serve $(ARGS)
 
+# The default model comes first, so that parallel test workers do not each fetch it.
 test: lint
+	@$(VENV)/bin/python -c "from dspark_serve.models.loader import resolve; resolve('smollm2-135m-instruct')"
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TESTING)
