@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 
@@ -24,7 +25,7 @@ from sse_starlette.sse import AppStatus
 
 from dspark_serve.config import Config
 from dspark_serve.server.app import create_app
-from dspark_serve.server.service import Service
+from dspark_serve.server.service import Loaded, Service, load
 from dspark_serve.types import EngineInfo
 
 STATS_EVERY_S = 10.0
@@ -35,11 +36,11 @@ class StartupError(RuntimeError):
     """The server cannot start; the message is one sentence for the user."""
 
 
-def serve(config: Config) -> int:
+def serve(config: Config, load: Callable[[Config], Loaded] = load) -> int:
     """Serve until a signal ends it; the process's exit code. Raises StartupError with one sentence."""
     _configure_logging(config.server.log_level)
     listener = bind(config.server.host, config.server.port)
-    service = Service(config)
+    service = Service(config, load)
     app = create_app(service)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=5, lifespan="on"
@@ -187,15 +188,12 @@ def _configure_logging(level: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.processors.format_exc_info if not sys.stderr.isatty() else _as_is,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     with contextlib.suppress(ValueError):
         logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr)
-
-
-def _as_is(logger: object, name: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
-    return event

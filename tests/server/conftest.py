@@ -4,7 +4,15 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+import structlog
 from fakes import FakeEngine, make_app, settled
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_logs():
+    """Rich tracebacks take seconds to draw."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
 
 
 @pytest.fixture

@@ -302,7 +302,8 @@ async def test_failure_mid_stream_is_an_event(serve):
 async def test_draining_refuses_with_retry_after(serve):
     async with serve(FakeEngine(delay_s=0.01)) as client:
         running = asyncio.create_task(chat(client, max_tokens=20))
-        await asyncio.sleep(0.05)
+        while not client.service.engine.num_requests:
+            await asyncio.sleep(0.005)
         drain = asyncio.create_task(client.service.engine.drain(10))
         await asyncio.sleep(0)
         assert (await client.get("/ready")).status_code == 503
