@@ -31,10 +31,10 @@ from dspark_serve.models.attention import AttnMeta, attend
 from dspark_serve.models.base import ModelInfo
 from dspark_serve.models.hf_probe import STEP_KEYWORD, Answer, UnsupportedModel, architecture_of, relative_error
 from dspark_serve.models.invariance import Chunk, probe_batch
+from dspark_serve.models.layers import backend_name, make_linear, packs
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SERVING = "dspark_paged"  # the name under which paged attention is registered
-MIN_ROWS = 8  # on CPU a step has at least this many rows: products with fewer round differently (DESIGN, section 6)
 _PROBE_PAGE = 16
 _PROBE_CHUNKS = ((3, 2), (2, 3), (3, 2), (4, 5))  # tokens of two rows per step: every chunk border is near
 _TOLERANCE = {torch.float32: 1e-3}  # of the spread of a token's logits
@@ -48,17 +48,15 @@ class _Step:
     meta: AttnMeta
     store: KVStore
     kv_source: tuple[int, ...]  # layer -> layer of the store that holds its K/V
-    num_tokens: int  # without the rows added to reach MIN_ROWS
 
 
 def _paged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function: query [1, heads, rows, head_dim] -> [1, rows, heads, value_dim]."""
+    """Transformers' attention function: query [1, heads, tokens, head_dim] -> [1, tokens, heads, value_dim]."""
     step: _Step = options.pop(STEP_KEYWORD)
     known = hf_probe.read_options(query, options)
-    n, rows = step.num_tokens, query.shape[2]
-    q, k, v = (x[0, :, :n].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
     out = attend(
         q,
         k,
@@ -71,8 +69,6 @@ def _paged_attention(
         softcap=known.softcap,
         sinks=known.sinks,
     )
-    if rows > n:
-        out = torch.cat([out, out[-1:].expand(rows - n, -1, -1)])  # what the copies of the last token would see
     return out.unsqueeze(0), None
 
 
@@ -103,6 +99,7 @@ class HFModel:
         self._keeps_logits = hf_probe.keeps_logits(module)
         dtype = module.get_input_embeddings().weight.dtype
         module.set_attn_implementation(SERVING)
+        _pack_linears(module)
         self._info = ModelInfo(
             architecture=name,
             vocab_size=reference[0][0].shape[-1],
@@ -111,7 +108,7 @@ class HFModel:
             max_model_len=max_model_len,
             kv_layers=anatomy.kv_layers,
             dtype=dtype,
-            backend=f"transformers {str(dtype).removeprefix('torch.')}",
+            backend=f"transformers, {backend_name(dtype, self.device)}",
         )
         self._taps_refused: str | None = None
         self._taps_refused = self._verify(prompts, reference)
@@ -167,18 +164,14 @@ class HFModel:
             raise ValueError(f"taps {list(taps)} must lie within -1..{self._info.num_layers - 1}")
         if taps and self._taps_refused is not None:
             raise UnsupportedModel(self._info.architecture, self._taps_refused)
-        num_tokens = batch.token_ids.shape[0]
         wanted = batch.sample_index if batch.score_index is None else torch.cat([batch.sample_index, batch.score_index])
-        tokens, positions, rows = batch.token_ids, batch.positions, wanted
-        if self.device.type == "cpu":
-            # Repeats of the last token fill a short step: same experts, no new weights to read.
-            tokens, positions, rows = _at_least(tokens), _at_least(positions), _at_least(wanted)
-        step = _Step(AttnMeta.build(batch, store.page_size), store, self._kv_source, num_tokens)
+        rows = wanted if wanted.shape[0] else wanted.new_zeros(1)  # packed linears do not take no rows
         keep = {"logits_to_keep": rows} if self._keeps_logits else {}
-        with self._tapping(taps, num_tokens) as tapped:
+        step = _Step(AttnMeta.build(batch, store.page_size), store, self._kv_source)
+        with self._tapping(taps, batch.token_ids.shape[0]) as tapped:
             out = self._module(
-                input_ids=tokens.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
                 use_cache=False,
                 **keep,
                 **{STEP_KEYWORD: step},
@@ -198,7 +191,7 @@ class HFModel:
         def keep(column: int, state: Any) -> None:
             # Copied at once: a later layer may add to the residual stream in place.
             tensor = state[0] if isinstance(state, tuple) else state
-            buffer[:, column * size : (column + 1) * size] = tensor[0, :num_tokens]
+            buffer[:, column * size : (column + 1) * size] = tensor[0]
 
         def hook(column: int, layer: int) -> Any:
             if layer == -1:
@@ -285,7 +278,25 @@ def _named_architecture(path: Path) -> str:
         return path.name
 
 
-def _at_least(index: Tensor, rows: int = MIN_ROWS) -> Tensor:
-    """index [n], its last entry repeated until there are `rows`; empty stays empty."""
-    short = rows - index.shape[0]
-    return torch.cat([index, index[-1:].expand(short)]) if 0 < short < rows else index
+class _PackedLinear(nn.Module):
+    """Stands in for an nn.Linear, whose weight it takes away: faster for few rows, and row-invariant."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._run = make_linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        # Some models look at a weight's dtype; without data, one that computes with it fails instead of being wrong.
+        self.weight = torch.empty_like(linear.weight, device="meta", requires_grad=False)
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def _pack_linears(module: nn.Module) -> None:
+    """Replace every nn.Linear whose weights can be packed, one after the other, so memory is never held twice."""
+    done: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and (child in done or packs(child.weight.dtype, child.weight.device)):
+                done[child] = done.get(child) or _PackedLinear(child)
+                setattr(parent, name, done[child])

@@ -205,6 +205,7 @@ def test_logits_of_samples_then_scores_and_of_nothing() -> None:
 def test_the_dense_arithmetic_is_bitwise_row_invariant() -> None:
     s = subject("llama")
     alone = [run_one(s.model, tokens).logits for tokens in sequences()]
+    assert torch.equal(run_one(s.model, sequences()[0], [1] * LENGTHS[0]).logits, alone[0])
     steps = [{0: 20}, {1: 9, 0: 1}, {2: 30, 0: 1, 1: 5}, {0: 19, 1: 9}]
     for trace, want in zip(run_steps(s.model, sequences(), steps, page_size=4), alone, strict=True):
         assert torch.equal(trace.logits, want)
