@@ -196,7 +196,7 @@ def test_port_in_use_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"port {port} on 127.0.0.1 is in use; choose another with --port"):
             bind("127.0.0.1", port)
-    with pytest.raises(StartupError, match="cannot listen on no.such.host"):
+    with pytest.raises(StartupError, match="cannot listen on"):
         bind("no.such.host", 0)
 
 
