@@ -4,6 +4,9 @@ import asyncio
 import threading
 import time
 
+import tiny_model
+from tiny_model import EOS, VOCAB
+
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.config import load_config
 from dspark_serve.engine.scheduler import Scheduler
@@ -12,28 +15,12 @@ from dspark_serve.server.service import Service
 from dspark_serve.text import Tokenizer
 from dspark_serve.types import EngineInfo, RowResult, TokenLogprobs
 
-EOS = 256
-VOCAB = 300
 ANSWER = "Hello, wörld! This is a scripted answer. "
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def byte_tokenizer():
     """One token per byte, <eos> as 256, with a chat template."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Rust
-    from transformers import PreTrainedTokenizerFast
-
-    from dspark_serve.text import _byte_alphabet
-
-    rust = Rust(models.BPE(vocab={char: byte for char, byte in _byte_alphabet().items()}, merges=[]))
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    rust.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<eos>"), TEMPLATE)
+    return Tokenizer(tiny_model.byte_tokenizer())
 
 
 class FakeEngine:

@@ -6,6 +6,9 @@ TEXT 0 leaves the tokenizer out, and with it the seconds that importing Transfor
 import json
 import sys
 import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 from fakes import FakeEngine, byte_tokenizer
 
