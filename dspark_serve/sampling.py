@@ -18,7 +18,9 @@ from dspark_serve.tensors import LogprobTable, Penalties, SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
 
 _BLOCK = 64  # columns per block maximum: one cheap pass over the logits, after which most blocks are never read again
-_CANDIDATES = 256  # tokens examined before a filter looks at more of the row; results do not depend on it
+_GROUP_BITS = 4  # log2 of a block's groups of noise.LANES tokens
+_OPENING = 32  # tokens whose scores set the mark that all others must reach
+_CANDIDATES = 64  # tokens examined before a filter looks at more of the row; results do not depend on it
 _MASS_SCALE = 2.0**40  # probabilities as integers, whose sums are exact in any order, on any device
 
 
@@ -76,9 +78,9 @@ def target_support(logits: Tensor, sampling: SamplingBatch) -> Support:
     scaled = logits / _divisor(sampling.temperature).unsqueeze(1)  # [samples, vocab]
     best_value = scaled.gather(1, best.unsqueeze(1))  # [samples, 1]
     if sampling.any_filter:
-        threshold = _thresholds(scaled, best_value.squeeze(1), sampling)
-        threshold.masked_fill_(greedy, torch.inf)  # the best token is put back below
         values, ids = _top(scaled, min(_CANDIDATES, scaled.shape[1]))
+        threshold = _thresholds(scaled, values, ids, sampling)
+        threshold.masked_fill_(greedy, torch.inf)  # the best token is put back below
         if values.shape[1] == scaled.shape[1] or bool((threshold > values[:, -1]).all()):
             kept = values >= threshold.unsqueeze(1)
             width = max(1, int(kept.sum(-1).max()))
@@ -124,25 +126,43 @@ def draw_logits(
     """argmax over the vocabulary of logits / temperature + noise -> [samples] int64; greedy samples take the argmax.
 
     logits: [samples, vocab] float32; the rest [samples]. Noise is drawn only where it can matter: it never exceeds
-    GUMBEL_MAX, so with the best token's score in hand, any token that needs more than that to win is out. The result
-    is the argmax over the whole vocabulary, bit for bit, the lowest id on ties.
+    GUMBEL_MAX, so with the best token's score in hand, any token that needs more than that to win is out; nor are
+    logarithms taken of noise too small to win. The result is the argmax over the whole vocabulary, bit for bit, the
+    lowest id on ties.
     """
     temperature, greedy = _divisor(temperature), temperature <= GREEDY_TEMPERATURE
     blocks, maxima = _block_maxima(logits)
     best = _argmax_of_blocks(blocks, maxima)  # [samples]
-    score = logits.gather(1, best.unsqueeze(1)).squeeze(1) / temperature + noise.gumbel(seed, position, best, stream)
-    # In exact arithmetic a token can only win or tie if logit / temperature >= score - GUMBEL_MAX. The slack exceeds
-    # by far the half-ulp errors of the division and the two sums.
-    floor = score - noise.GUMBEL_MAX - 1e-5 * (score.abs() + noise.GUMBEL_MAX)
-    floor = (floor * temperature).masked_fill(greedy, torch.inf)  # [samples], in units of the raw logits
-    row, block = (maxima >= floor.unsqueeze(1)).nonzero(as_tuple=True)  # [kept blocks]
-    groups = blocks[row, block].view(-1, _BLOCK // noise.LANES, noise.LANES)  # [kept blocks, groups, lanes]
-    kept, group = (groups.amax(-1) >= floor[row].unsqueeze(1)).nonzero(as_tuple=True)  # [kept groups]
-    values, row, block = groups[kept, group], row[kept], block[kept]  # [kept groups, lanes], [kept groups] twice
-    first = block * _BLOCK + group * noise.LANES  # [kept groups], token id of lane 0
-    gumbel = noise.gumbel_runs(seed[row], position[row], first, noise.LANES, stream)
-    scores = gumbel.add_(values.div_(temperature[row].unsqueeze(1)))
-    return _best_token(scores, row, first, best)
+    score = _opening_score(blocks, maxima, temperature, seed, position, stream)
+    # In exact arithmetic a token can win or tie only if its logit / temperature >= score - its noise. The slack
+    # exceeds by far the half-ulp errors of the division and the two sums.
+    score -= 1e-5 * (score.abs() + noise.GUMBEL_MAX)
+    floor = ((score - noise.GUMBEL_MAX) * temperature).masked_fill(greedy, torch.inf)  # [samples], as raw logits
+    block = (maxima >= floor.unsqueeze(1)).flatten().nonzero().squeeze(1)  # [kept blocks], over all samples
+    row = block // maxima.shape[1]  # [kept blocks]
+    maximum = maxima.flatten()[block] / temperature[row]
+    needed = noise.grid_floor(score[row] - maximum)  # [kept blocks] noise without which no token of the block wins
+    groups = blocks.flatten(0, 1).index_select(0, block).view(-1, noise.LANES)  # [groups of kept blocks, lanes]
+    floors = floor[row].repeat_interleave(1 << _GROUP_BITS)
+    group = (groups.amax(-1) >= floors).nonzero().squeeze(1)  # [kept groups]
+    kept = group >> _GROUP_BITS  # [kept groups], index into the kept blocks
+    first = ((block - row * maxima.shape[1]) * _BLOCK)[kept] + (group * noise.LANES & (_BLOCK - 1))  # id of lane 0
+    row = row[kept]  # [kept groups]
+    index = noise.grid_runs(seed[row], position[row], first, noise.LANES, stream)  # [kept groups, lanes]
+    able = (index.amax(-1) >= needed[kept]).nonzero().squeeze(1)  # [able groups], mostly very few
+    row, first = row[able], first[able]
+    values = groups[group[able]] / temperature[row].unsqueeze(1)  # [able groups, lanes]
+    return _best_token(values.add_(noise.grid_gumbel(index[able])), row, first, best)
+
+
+def _opening_score(
+    blocks: Tensor, maxima: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int
+) -> Tensor:
+    """The highest score among a few of each row's most likely tokens: a bound below the winner's. -> [samples]."""
+    block = maxima.topk(min(_OPENING, maxima.shape[1]), dim=-1).indices  # [samples, opening]
+    values, inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).max(-1)
+    gumbel = noise.gumbel(seed.unsqueeze(1), position.unsqueeze(1), block * _BLOCK + inner, stream)
+    return (values / temperature.unsqueeze(1)).add_(gumbel).amax(-1)
 
 
 def _best_token(scores: Tensor, row: Tensor, first: Tensor, fallback: Tensor) -> Tensor:
@@ -205,36 +225,35 @@ def _divisor(temperature: Tensor) -> Tensor:
     return temperature.masked_fill(temperature <= GREEDY_TEMPERATURE, 1.0)
 
 
-def _thresholds(scaled: Tensor, best: Tensor, sampling: SamplingBatch) -> Tensor:
+def _thresholds(scaled: Tensor, values: Tensor, ids: Tensor, sampling: SamplingBatch) -> Tensor:
     """The filters as one threshold per sample: tokens with scaled logit >= it are kept. -> [samples] float32.
 
-    scaled: [samples, vocab], best: [samples] its maxima. Rows whose filters cannot be settled among their best
-    _CANDIDATES tokens are looked at again, wider; what is settled early equals what the whole row would have said.
+    scaled: [samples, vocab]; values, ids: its best tokens [samples, _CANDIDATES]. Rows whose filters these do not
+    settle are looked at again, wider; what is settled early equals what the whole row would have said.
     """
     # The portable log: a library's may differ between the vector body and the scalar tail of an array.
-    cutoff = best + noise.log(sampling.min_p.clamp(min=torch.finfo(torch.float32).tiny))
+    cutoff = values[:, 0] + noise.log(sampling.min_p.clamp(min=torch.finfo(torch.float32).tiny))
     threshold = torch.where(sampling.min_p > 0, cutoff, -torch.inf)
     todo = ((sampling.top_k > 0) | (sampling.top_p < 1)).nonzero().squeeze(1)  # rows not settled yet
-    width = _CANDIDATES
+    part, values, ids = (scaled, values, ids) if len(todo) == len(scaled) else (scaled[todo], values[todo], ids[todo])
     while len(todo):
-        part = scaled if len(todo) == len(scaled) else scaled[todo]
-        settled, value = _nucleus(part, min(width, part.shape[1]), sampling.top_k[todo], sampling.top_p[todo])
-        threshold[todo[settled]] = torch.maximum(threshold[todo[settled]], value[settled])
-        todo = todo[~settled]
-        width *= 16
+        settled, found = _nucleus(part, values, ids, sampling.top_k[todo], sampling.top_p[todo])
+        threshold[todo[settled]] = torch.maximum(threshold[todo[settled]], found[settled])
+        todo, part = todo[~settled], part[~settled]
+        values, ids = _top(part, min(values.shape[1] * 16, part.shape[1])) if len(todo) else (values, ids)
     return threshold
 
 
-def _nucleus(scaled: Tensor, width: int, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-k, then top-p on what it kept, within the best `width` tokens -> settled [samples] bool, threshold [samples].
+def _nucleus(scaled: Tensor, values: Tensor, ids: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-k, then top-p on what it kept, seen through the best tokens `values`, `ids` [samples, width], descending.
 
-    A threshold is settled if it is above the worst token examined: then no token beyond could tie with it.
+    -> settled [samples] bool, threshold [samples]. A threshold is settled if it is above the worst token seen: then
+    no token beyond could tie with it.
     """
-    values, ids = _top(scaled, width)  # [samples, width], descending
     # softmax works row by row, so a probability depends on its row alone; as integers its sums depend on nothing else.
-    mass = (scaled.softmax(-1).gather(1, ids) * _MASS_SCALE).long()  # [samples, width]
-    # NaN probabilities have no integer; zero mass settles such rows at the full width, whatever they hold.
-    mass = mass.clamp(min=0)
+    # NaN has no integer; such rows have no mass and are settled at the full width, whatever they hold.
+    mass = (scaled.softmax(-1).gather(1, ids) * _MASS_SCALE).nan_to_num_(0.0).long()  # [samples, width]
+    width = values.shape[1]
     last, whole = values[:, -1], width == scaled.shape[1]
     use_k, use_p = top_k > 0, top_p < 1  # [samples]
     kth = values.gather(1, torch.where(use_k, top_k, 1).clamp(max=width).unsqueeze(1) - 1).squeeze(1)

@@ -129,20 +129,23 @@ def _words_np(x: Integers) -> npt.NDArray[np.uint64]:
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """philox_np on int64 tensors holding words in [0, 2^32), results likewise.
+    """philox_np on int64 tensors holding words in [0, 2^32), results likewise. Overwrites its arguments.
 
-    Words 0 and 2 of the counter have the shape of the results, into which all other words broadcast.
+    The four counter words have the shape of the results, into which the two key words broadcast.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    spare_0, spare_1 = torch.empty_like(c0), torch.empty_like(c0)  # six buffers in rotation: no allocation per round
     for _ in range(_ROUNDS):
         # int64 products wrap mod 2^64, so all 64 bits are right. A low word keeps its product's high half as
         # garbage until the one mask per word and round, after the exclusive ors.
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = (product_1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (product_0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = product_1, product_0
-        k0, k1 = k0 + _WEYL_0, k1 + _WEYL_1  # ten steps stay far below 2^63; the mask above cuts them too
+        product_0 = torch.mul(c0, _MULTIPLIER_0, out=spare_0)
+        product_1 = torch.mul(c2, _MULTIPLIER_1, out=spare_1)
+        torch.bitwise_right_shift(product_1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(product_0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3, spare_0, spare_1 = product_1, product_0, c3, c1
+        k0.add_(_WEYL_0)  # ten steps stay far below 2^63, and the masks above cut the carry
+        k1.add_(_WEYL_1)
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
@@ -156,26 +159,24 @@ def bits(seed: Tensor, position: Tensor, token: Tensor, stream: int = GUMBEL) ->
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:
     """uniform_np on int64 tensors of broadcastable shapes -> float32."""
     group = torch.zeros_like(seed ^ position)  # broadcast both
-    return _open_unit(_philox_at(seed, position, group, stream)[0])
+    return _grid_uniform(_philox_at(seed, position, group, stream)[0].bitwise_right_shift_(9))
 
 
 def gumbel(seed: Tensor, position: Tensor, token: Tensor, stream: int = GUMBEL) -> Tensor:
     """gumbel_np on int64 tensors of any broadcastable shapes -> float32, the same bits."""
     if seed.device.type == "cpu" and max(seed.numel(), position.numel(), token.numel()) <= _NUMPY_CALLS:
         return torch.from_numpy(gumbel_np(seed.numpy(), position.numpy(), token.numpy(), stream))
-    return _gumbel_of_uniform(_open_unit(bits(seed, position, token, stream)))
+    return grid_gumbel(bits(seed, position, token, stream).bitwise_right_shift_(9))
 
 
-def gumbel_runs(seed: Tensor, position: Tensor, first: Tensor, width: int, stream: int = GUMBEL) -> Tensor:
-    """Noise of runs of consecutive tokens: run i covers tokens [first[i], first[i] + width) -> [runs, width] float32.
+def grid_runs(seed: Tensor, position: Tensor, first: Tensor, width: int, stream: int = GUMBEL) -> Tensor:
+    """Uniforms of runs of consecutive tokens as grid indices: run i covers tokens [first[i], first[i] + width).
 
     `seed`, `position`, `first`: [runs] int64; `first` must hold multiples of LANES, so that four tokens share a call.
+    -> [runs, width] int32 in [0, 2^23); grid_gumbel turns an index into noise.
     """
     runs, groups = first.shape[0], -(-width // LANES)
-    if runs * width <= _NUMPY_CALLS:
-        tokens = first.unsqueeze(1) + torch.arange(width, device=first.device)
-        return gumbel(seed.unsqueeze(1), position.unsqueeze(1), tokens, stream)
-    out = torch.empty((runs, groups, LANES), dtype=torch.float32, device=first.device)
+    out = torch.empty((runs, groups, LANES), dtype=torch.int32, device=first.device)
     offsets = torch.arange(groups, device=first.device)  # [groups]
     step = max(1, _CHUNK // max(1, groups))
     for start in range(0, runs, step):
@@ -183,14 +184,27 @@ def gumbel_runs(seed: Tensor, position: Tensor, first: Tensor, width: int, strea
         group = (first[part] >> 2).unsqueeze(1) + offsets  # [part, groups]
         outputs = _philox_at(seed[part].unsqueeze(1), position[part].unsqueeze(1), group, stream)
         for lane, words in enumerate(outputs):
-            out[part, :, lane] = words >> 9
-        _gumbel_of_uniform(out[part].add_(0.5).mul_(2.0**-23), out=out[part])
+            out[part, :, lane] = words.bitwise_right_shift_(9)
     return out.view(runs, groups * LANES)[:, :width]
+
+
+def grid_gumbel(index: Tensor) -> Tensor:
+    """The Gumbel value of a grid index, float32. It never falls as the index grows (tested on the whole grid)."""
+    return log(log(_grid_uniform(index)).neg_()).neg_()
+
+
+def grid_floor(value: Tensor) -> Tensor:
+    """A grid index below which every Gumbel value is less than `value`, float32: close to the least such, never above.
+
+    For pruning before any logarithm is taken: 1e-5 and two steps cover the errors of both logarithms.
+    """
+    uniform = (value.double() - 1e-5).neg_().exp_().neg_().exp_()
+    return uniform.mul_(2.0**23).sub_(2.0).to(torch.int32)
 
 
 def gumbel_dense(seed: Tensor, position: Tensor, vocab: int, stream: int = GUMBEL) -> Tensor:
     """Noise of a whole vocabulary per sample. `seed`, `position`: [samples] int64 -> [samples, vocab] float32."""
-    return gumbel_runs(seed, position, torch.zeros_like(seed), vocab, stream)
+    return grid_gumbel(grid_runs(seed, position, torch.zeros_like(seed), vocab, stream))
 
 
 def log(x: Tensor) -> Tensor:
@@ -210,14 +224,11 @@ def log(x: Tensor) -> Tensor:
 
 def _philox_at(seed: Tensor, position: Tensor, group: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox outputs at an address; `seed` and `position` broadcast into the shape of `group` (token // LANES)."""
-    counter = (group & _MASK, position & _MASK, torch.full_like(group, stream), torch.zeros_like(group))
+    group = group & _MASK
+    position = (position & _MASK).expand_as(group).contiguous()
+    counter = (group, position, torch.full_like(group, stream), torch.zeros_like(group))
     return philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
 
 
-def _open_unit(words: Tensor) -> Tensor:
-    return (words >> 9).float().add_(0.5).mul_(2.0**-23)
-
-
-def _gumbel_of_uniform(u: Tensor, out: Tensor | None = None) -> Tensor:
-    noise = log(log(u).neg_())
-    return noise.neg_() if out is None else torch.neg(noise, out=out)
+def _grid_uniform(index: Tensor) -> Tensor:
+    return index.float().add_(0.5).mul_(2.0**-23)  # odd multiples of 2^-24: exact, never 0 nor 1
