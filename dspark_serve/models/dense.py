@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend
 from dspark_serve.models.base import ModelInfo
-from dspark_serve.models.layers import Linear, Rotary, backend_name, make_linear, swiglu
+from dspark_serve.models.layers import Linear, RMSNorm, Rotary, backend_name, make_linear, swiglu
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -228,11 +227,11 @@ def _listed(names: Sequence[str], shown: int = 8) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: Tensor  # [hidden]
+    attention_norm: RMSNorm
     qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
-    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    qk_norm: RMSNorm | None  # over head_dim, with a weight for each head
     out: Linear  # heads * head_dim -> hidden
-    mlp_norm: Tensor  # [hidden]
+    mlp_norm: RMSNorm
     gate_up: Linear  # hidden -> 2 * intermediate
     down: Linear  # intermediate -> hidden
     window: int | None
@@ -246,7 +245,7 @@ class DenseModel:
         config: DenseConfig,
         layers: Sequence[_Layer],
         embed: Tensor,  # [vocab, hidden]
-        norm: Tensor,  # [hidden]
+        norm: RMSNorm,
         head: Linear,  # hidden -> vocab
     ) -> None:
         self.config = config
@@ -287,7 +286,7 @@ class DenseModel:
             layers = [_make_layer(parsed, loading, layer) for layer in range(parsed.num_layers)]
             embed = loading.tensor("embed")
             head = make_linear(embed if parsed.tied else loading.tensor("head"))
-            return DenseModel(parsed, layers, embed, loading.tensor("norm"), head)
+            return DenseModel(parsed, layers, embed, RMSNorm(loading.tensor("norm"), parsed.norm_eps), head)
 
     @property
     def info(self) -> ModelInfo:
@@ -311,7 +310,7 @@ class DenseModel:
         tapped = {-1: hidden}
         for index, layer in enumerate(self._layers):
             hidden = self._attention(layer, index, hidden, cos, sin, meta, store)
-            hidden = hidden + layer.down(swiglu(layer.gate_up(self._normed(hidden, layer.mlp_norm))))
+            hidden = hidden + layer.down(swiglu(layer.gate_up(layer.mlp_norm(hidden))))
             if index in taps:
                 tapped[index] = hidden
         wanted = batch.sample_index
@@ -325,10 +324,10 @@ class DenseModel:
     ) -> Tensor:
         c = self.config
         both = c.heads + c.kv_heads
-        qkv = layer.qkv(self._normed(hidden, layer.attention_norm)).view(-1, both + c.kv_heads, c.head_dim)
+        qkv = layer.qkv(layer.attention_norm(hidden)).view(-1, both + c.kv_heads, c.head_dim)
         qk = qkv[:, :both]  # queries and keys are normed and turned in one go
         if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (c.head_dim,), eps=c.norm_eps).mul_(layer.qk_norm)
+            qk = layer.qk_norm(qk)
         qk = self._rotary.apply(qk, cos, sin)
         context = attend(
             qk[:, : c.heads],
@@ -342,26 +341,24 @@ class DenseModel:
         )  # [tokens, heads, head_dim]
         return hidden + layer.out(context.view(-1, c.heads * c.head_dim))
 
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.norm_eps)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self._head(self._normed(hidden, self._norm)).float()
+        return self._head(self._norm(hidden)).float()
 
 
 def _make_layer(config: DenseConfig, loading: _Loading, layer: int) -> _Layer:
     qk_norm = None
     if config.qk_norm:
         q_norm, k_norm = loading.tensor(f"{layer}.q_norm"), loading.tensor(f"{layer}.k_norm")
-        qk_norm = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
+        weights = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
+        qk_norm = RMSNorm(weights, config.norm_eps)
     return _Layer(
-        attention_norm=loading.tensor(f"{layer}.attention_norm"),
+        attention_norm=RMSNorm(loading.tensor(f"{layer}.attention_norm"), config.norm_eps),
         qkv=loading.linear(f"{layer}.qkv"),
         qk_norm=qk_norm,
         out=loading.linear(f"{layer}.out"),
-        mlp_norm=loading.tensor(f"{layer}.mlp_norm"),
+        mlp_norm=RMSNorm(loading.tensor(f"{layer}.mlp_norm"), config.norm_eps),
         gate_up=loading.linear(f"{layer}.gate_up"),
         down=loading.linear(f"{layer}.down"),
         window=config.windows[layer],

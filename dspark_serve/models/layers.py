@@ -79,6 +79,24 @@ def backend_name(dtype: torch.dtype, device: torch.device) -> str:
     return f"{'onednn-packed' if packs(dtype, device) else 'torch'} {str(dtype).removeprefix('torch.')}"
 
 
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fewer operations than F.rms_norm's.
+
+    `weight` [..., width] broadcasts against x: a row per head norms queries and keys at once.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._width, self._eps = weight.shape[-1], eps
+        # In float32 the mean is not taken: the norm's sqrt(width) goes into the weight.
+        self._weight = weight * self._width**0.5 if weight.dtype == torch.float32 else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return F.rms_norm(x, (self._width,), eps=self._eps).mul_(self._weight)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * norm.square_().add_(self._eps * self._width).rsqrt_()).mul_(self._weight)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [rows, 2 * width], the gates first. Returns [rows, width]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
