@@ -16,8 +16,9 @@ TEMPERATURES = [0.0, 0.8]
 class Subject:
     """A model, eight requests and the plain answer: each alone, no drafter, no cache, prompt in one piece."""
 
-    def __init__(self, model, prompts, max_tokens, temperature, page_size, small_pool):
-        self.model, self.prompts, self.page_size, self.small_pool = model, prompts, page_size, small_pool
+    def __init__(self, model, prompts, max_tokens, temperature, page_size=4):
+        self.model, self.prompts, self.page_size = model, prompts, page_size
+        self.small_pool = 1 + 2 * -(-(max(map(len, prompts)) + max_tokens) // page_size)  # two of the longest
         self.params = {"temperature": temperature, "max_tokens": max_tokens, "logprobs": 0, "ignore_eos": True}
         self.plain = None
         for request in self.requests():
@@ -55,10 +56,10 @@ def subjects(request):
     def get(name, temperature):
         if (name, temperature) not in cache:
             if name == "toy":
-                cache[name, temperature] = Subject(toy_model(), ragged_prompts(VOCAB), 24, temperature, 4, 33)
+                cache[name, temperature] = Subject(toy_model(), ragged_prompts(VOCAB), 24, temperature)
             else:
                 model, prompts = request.getfixturevalue("smollm2"), request.getfixturevalue("real_prompts")
-                cache[name, temperature] = Subject(model, prompts, 12, temperature, 16, 16)
+                cache[name, temperature] = Subject(model, prompts, 12, temperature)
         return cache[name, temperature]
 
     return get
