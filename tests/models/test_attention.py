@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -165,10 +166,6 @@ def test_one_long_row_does_not_stretch_the_short_ones() -> None:
 def test_contradictory_lengths_are_refused() -> None:
     batch = probe_batch([Chunk((0,) * 20, 0, (1, 2))], PAGE)
     with pytest.raises(ValueError, match="do not fit a page table of 16 slots"):
-        AttnMeta.build(probe_batch_with_table(batch, width=1), PAGE)
-
-
-def probe_batch_with_table(batch: object, width: int) -> object:
-    import dataclasses
-
-    return dataclasses.replace(batch, page_table=batch.page_table[:, :width])  # type: ignore[type-var, attr-defined]
+        AttnMeta.build(dataclasses.replace(batch, page_table=batch.page_table[:, :1]), PAGE)
+    with pytest.raises(ValueError, match="add up to 19, not 20 tokens"):
+        AttnMeta.build(dataclasses.replace(batch, query_lens=(19,)), PAGE)
