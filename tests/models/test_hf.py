@@ -1,4 +1,4 @@
-"""Transformers models on the paged cache against Transformers' own forward, and every reason to refuse one.
+"""Transformers models on the paged cache against Transformers' own forward.
 
 Must not know: any checkpoint; models are tiny, random and built here.
 """
@@ -6,7 +6,7 @@ Must not know: any checkpoint; models are tiny, random and built here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,95 +17,25 @@ import torch
 import transformers
 from helpers import chunked, run_one, run_steps, step_batch
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, GEMMA4, MOE, SIZES, WINDOW, make_config, make_module
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models import hf
 from dspark_serve.models.hf import HFModel
-from dspark_serve.models.hf_probe import UnsupportedModel, read_options
+from dspark_serve.models.hf_probe import UnsupportedModel
 
-WINDOW = 8  # far shorter than the sequences
 LENGTHS = (41, 23, 30)
 TOLERANCE = 1e-4
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-GEMMA4: dict[str, Any] = {
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_hidden_layers": 4,
-    "global_head_dim": 32,
-    "vocab_size_per_layer_input": 160,
-    "final_logit_softcapping": 5.0,
-}
-MLA: dict[str, Any] = {
-    **MOE,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 12,
-    "head_dim": 8,
-}
-# family -> (config class, what it has beside SIZES)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
-    "gemma2": ("Gemma2Config", {"sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": WINDOW, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
-    "gemma4": (
-        "Gemma4TextConfig",
-        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
-    ),
-    "gemma4-shared": ("Gemma4TextConfig", {**GEMMA4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}),
-    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4}),
-    "glm4-moe": (
-        "Glm4MoeConfig",
-        {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    ),
-    "gpt-oss": (
-        "GptOssConfig",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": WINDOW,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    ),
-    "deepseek-v3": ("DeepseekV3Config", MLA),
-    "gpt2": ("GPT2Config", {}),
-}
 
-
-def make_config(name: str, **changes: Any) -> Any:
-    return getattr(transformers, name)(**{**SIZES, **changes})
-
-
-def make_module(config: Any, seed: int = 0) -> Any:
-    """A random model whose layers matter: with the library's own initial weights attention hardly shows in logits."""
-    torch.manual_seed(seed)
-    module = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15)
-    return module
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only lose time to threads, above all beside other test processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def sequences(seed: int = 0) -> list[list[int]]:
@@ -258,112 +188,6 @@ def test_taps_of_layers_without_a_residual_stream_are_refused() -> None:
     run_one(model, sequences()[1])
     with pytest.raises(UnsupportedModel, match="residual stream"):
         run_one(model, sequences()[1], taps=(0,))
-
-
-# Refusals
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "mamba": (lambda: make_config("MambaConfig"), "linear_attention layers"),
-    "qwen3.5": (lambda: make_config("Qwen3_5TextConfig", num_hidden_layers=4), "linear_attention layers"),
-    "lfm2": (lambda: make_config("Lfm2Config", full_attn_idxs=[1]), "conv layers"),
-    "falcon-h1": (
-        lambda: make_config("FalconH1Config", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
-        "hybrid layers",
-    ),
-    "rwkv": (lambda: make_config("RwkvConfig"), "recurrent state"),
-    "bloom": (
-        lambda: transformers.BloomConfig(vocab_size=160, hidden_size=64, n_layer=2, n_head=4),
-        "does not go through Transformers' attention interface",
-    ),
-    "llama4": (
-        lambda: make_config("Llama4TextConfig", num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=96),
-        "chunked_attention layers",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_paged_attention_is_refused_by_name(kind: str) -> None:
-    make, reason = REFUSED[kind]
-    module = AutoModelForCausalLM.from_config(make())
-    with pytest.raises(UnsupportedModel, match=rf"^{type(module).__name__} cannot be served: .*{reason}"):
-        HFModel(module)
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    config = transformers.T5Config(vocab_size=160, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
-        HFModel(AutoModelForSeq2SeqLM.from_config(config))
-
-
-def refuse_changed(config: Any, change: Callable[[Any], object], reason: str) -> None:
-    module = make_module(config)
-    change(module)
-    with pytest.raises(UnsupportedModel, match=reason):
-        HFModel(module)
-
-
-def test_a_model_that_mixes_tokens_outside_attention_is_refused() -> None:
-    def mix(module: Any) -> None:
-        module.model.layers[1].mlp.register_forward_hook(lambda _, __, out: out + out.roll(1, dims=1))
-
-    refuse_changed(make_config("LlamaConfig"), mix, "mixes tokens outside its attention")
-
-
-def test_a_window_the_attention_call_does_not_mention_is_refused() -> None:
-    def forget(module: Any) -> None:
-        module.model.layers[0].self_attn.sliding_window = None
-
-    # Wider than any probe: found by asking the mask about far positions.
-    config = make_config("Gemma3TextConfig", sliding_window=300)
-    refuse_changed(config, forget, "mask of layer 0 is not causal")
-
-
-def test_a_mask_that_sees_the_future_is_refused() -> None:
-    config = make_config("Gemma3TextConfig", use_bidirectional_attention=True)
-    refuse_changed(config, lambda _: None, "not causal|depends on more")
-
-
-def test_layers_that_do_not_attend_are_refused_by_number() -> None:
-    def skip(module: Any) -> None:
-        module.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-
-    refuse_changed(make_config("LlamaConfig"), skip, r"layers \[1\] do not attend")
-
-
-def test_attention_without_a_layer_index_or_called_twice_is_refused() -> None:
-    def lose(module: Any) -> None:
-        module.model.layers[1].self_attn.layer_idx = None
-
-    def repeat(module: Any) -> None:
-        module.model.layers[2].self_attn.layer_idx = 1
-
-    refuse_changed(make_config("LlamaConfig"), lose, "has no layer_idx")
-    refuse_changed(make_config("LlamaConfig"), repeat, "layer 1 attends twice")
-
-
-def test_unknown_keywords_are_errors_and_inert_ones_are_not() -> None:
-    query = torch.zeros(1, 4, 3, 16)
-    known = read_options(query, {"dropout": 0.0, "position_ids": torch.zeros(1), "novelty": None, "is_causal": True})
-    assert (known.scale, known.sliding_window, known.softcap, known.sinks) == (0.25, None, None, None)
-    for name, value in {"novelty": 0.0, "position_bias": torch.zeros(1), "indices": [0]}.items():
-        with pytest.raises(ValueError, match=name):
-            read_options(query, {name: value})
-    with pytest.raises(ValueError, match="not causal"):
-        read_options(query, {"is_causal": False})
-
-
-def test_an_attention_that_passes_an_unknown_keyword_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(module: Any) -> None:
-        attention = module.model.layers[0].self_attn
-        original = attention.forward
-        monkeypatch.setattr(attention, "forward", lambda *a, **k: original(*a, **k, novelty=1.0))
-
-    refuse_changed(make_config("LlamaConfig"), change, "'novelty'")
-
-
-# Checkpoints
 
 
 @pytest.fixture
