@@ -37,6 +37,10 @@ from dspark_serve.types import EngineDead, InvalidRequest
 
 router = APIRouter(responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}})
 
+# One event of a stream; its data is a chunk as JSON, or [DONE].
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
 
 def create_app(service: Service) -> FastAPI:
     """The application for one service, which it starts and stops."""
@@ -66,7 +70,7 @@ def _service(request: Request) -> Service:
 # ---- generation
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse)
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMS)
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     service = _service(request)
 
@@ -81,7 +85,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     return await _generate(request, bool(body.stream), prepare)
 
 
-@router.post("/v1/completions", response_model=CompletionResponse)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMS)
 async def completions(body: CompletionBody, request: Request) -> Response:
     service = _service(request)
 

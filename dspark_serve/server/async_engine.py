@@ -120,7 +120,9 @@ class AsyncEngine:
     # ---- life cycle
 
     def start(self) -> None:
-        """Start the thread, which loads the engine first. Call it on the running event loop."""
+        """Start the thread, which loads the engine first. Call it on the running event loop; again after `stop`."""
+        self._stopping, self.failure = False, None
+        self._mailbox.clear()
         self._loop = asyncio.get_running_loop()
         self._set_state("loading")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -68,7 +68,7 @@ class Body(BaseModel):
                     raise InvalidRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
             elif name not in HARMLESS and name not in _warned and len(_warned) < 1000:
                 _warned.add(name)
-                log.warning("unknown request field ignored", field=name[:100])
+                log.warning("unknown request field ignored", field=ascii(name[:100]))
 
 
 class StreamOptions(Body):

@@ -241,3 +241,14 @@ async def test_drain_cuts_off_after_its_time():
         assert not await door.drain(0.05)
         with pytest.raises(EngineBusy, match="shutting down"):
             await tokens_of(stream)
+
+
+async def test_start_again_after_stop():
+    door = AsyncEngine(FakeEngine)
+    for _ in range(2):
+        door.start()
+        await door.wait_loaded()
+        assert len(await tokens_of(await door.submit(request()))) == 5
+        await door.stop()
+        with pytest.raises(EngineBusy):
+            await door.submit(request())
