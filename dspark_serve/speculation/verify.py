@@ -33,7 +33,7 @@ def verify(logits: Tensor, batch: StepBatch, mode: VerifyMode) -> Verdict:
     rule = _coupled if mode == "coupled" else _rejection
     n_accepted, tokens = rule(logits, batch, sample)
     outside = (slot > n_accepted.unsqueeze(1)) | (slot >= lens.unsqueeze(1))  # [rows, width]
-    return Verdict(n_accepted, tokens.masked_fill(outside, -1))
+    return Verdict(n_accepted * (lens > 0), tokens.masked_fill_(outside, -1))
 
 
 def _coupled(logits: Tensor, batch: StepBatch, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,10 @@ def _rejection(logits: Tensor, batch: StepBatch, sample: Tensor) -> tuple[Tensor
     support, sampling = target_support(logits, batch.sampling), batch.sampling
     probs = target_probs(support)  # [samples, support]
     drafts, at_draft = batch.drafts, sample[:, :-1]  # [rows, max_kept] both
+    all_draft_probs = batch.draft_probs if drafts.shape[1] else None  # without drafts there is nothing to index
     token = drafts.clamp(min=0).unsqueeze(-1)  # [rows, max_kept, 1]
     target = _probs_of(support, probs, at_draft, token)  # [rows, max_kept]
-    drafted = torch.ones_like(target) if batch.draft_probs is None else batch.draft_probs.gather(-1, token).squeeze(-1)
+    drafted = torch.ones_like(target) if all_draft_probs is None else all_draft_probs.gather(-1, token).squeeze(-1)
     uniforms = noise.uniform(sampling.seed[at_draft], sampling.position[at_draft], noise.ACCEPT)
     n_accepted = accept_lengths(target.masked_fill(drafts < 0, 0.0), drafted, uniforms)  # padding is never accepted
 
@@ -58,11 +59,11 @@ def _rejection(logits: Tensor, batch: StepBatch, sample: Tensor) -> tuple[Tensor
     ids, slot = support.ids[last], n_accepted.unsqueeze(1)  # [rows, support], [rows, 1]
     padded = torch.nn.functional.pad(drafts, (0, 1), value=-1)  # after the last draft: none
     refused = padded.gather(1, slot)  # [rows, 1] the rejected draft, -1 before a bonus token
-    if batch.draft_probs is None:
+    if all_draft_probs is None:
         draft_probs = (ids == refused).float()
     else:
         rows = torch.arange(len(last), device=last.device).unsqueeze(1)
-        draft_probs = batch.draft_probs[rows, slot.clamp(max=drafts.shape[1] - 1), ids] * (refused >= 0)
+        draft_probs = all_draft_probs[rows, slot.clamp(max=drafts.shape[1] - 1), ids] * (refused >= 0)
     weights = residual_probs(probs[last], draft_probs)  # [rows, support]
     residual = Support(ids, weights.log(), dense=support.dense)
     next_token = draw(residual, sampling.seed[last], sampling.position[last], noise.RESIDUAL)
