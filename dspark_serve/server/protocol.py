@@ -66,7 +66,7 @@ class Body(BaseModel):
             if name in UNSUPPORTED:
                 if not any(value == nothing and type(value) is type(nothing) for nothing in UNSUPPORTED[name]):
                     raise InvalidRequest(f"{name} is not supported", param=name, code="unsupported_parameter")
-            elif name not in HARMLESS and name not in _warned and len(_warned) < 1000:
+            elif name not in HARMLESS and name not in _warned and len(_warned) < 100:
                 _warned.add(name)
                 log.warning("unknown request field ignored", field=ascii(name[:100]))
 
