@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from itertools import chain
 
 import pytest
@@ -324,3 +325,20 @@ async def test_pings_keep_a_quiet_stream_open(serve, monkeypatch):
         await asyncio.sleep(0.001)
         engine.delay_s = 0.05
         assert ": ping" in (await task).text
+
+
+async def test_slow_tokenising_stalls_nobody(serve, monkeypatch):
+    async with serve(FakeEngine(delay_s=0.002)) as client:
+        tokenizer = client.service.tokenizer
+        encode = tokenizer.encode
+
+        def slow(text, *args, **kwargs):
+            time.sleep(1 if "long" in text else 0)
+            return encode(text, *args, **kwargs)
+
+        monkeypatch.setattr(tokenizer, "encode", slow)
+        long = asyncio.create_task(complete(client, prompt="long", max_tokens=1))
+        await asyncio.sleep(0.05)
+        assert (await complete(client, prompt="short", max_tokens=20)).status_code == 200
+        assert not long.done()
+        assert (await long).status_code == 200
