@@ -256,6 +256,11 @@ def test_silent_configs_mean_what_transformers_assumes(family: str) -> None:
     assert theirs.rope["rope_theta"] == ours.rope["rope_theta"]
 
 
+def test_qwen_windows_start_at_max_window_layers() -> None:
+    raw = {**BASE, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    assert DenseConfig.parse(raw).windows == (None, 7, 7) == DenseConfig.parse(transformers.Qwen2Config(**raw)).windows
+
+
 def test_yarn_says_how_many_positions() -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     raw = {**BASE, "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768, "rope_scaling": rope}
