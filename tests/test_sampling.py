@@ -161,7 +161,8 @@ def test_ties_at_the_threshold_are_kept() -> None:
 
 def test_greedy_takes_the_lowest_id_of_ties() -> None:
     logits = torch.zeros(3, 300)
-    logits[0, [70, 200]] = 1.0
+    logits[2] = torch.arange(300)  # settled among the candidates: a compact support beside the greedy rows
+    logits[0, 70:] = 1.0  # so many that topk happens on another first
     logits[1, [0, 299]] = 2.0
     for rows in ([{"temperature": 0.0}] * 3, [{"temperature": 0.0}] * 2 + [{"top_k": 2}]):
         batch = sampling_batch(rows)
