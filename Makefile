@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PYTEST := $(VENV)/bin/python -m pytest
 SPEC := pyproject.toml constraints.txt
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
@@ -14,10 +15,14 @@ install: $(RUNTIME)
 serve: $(RUNTIME)
 	@exec $(VENV)/bin/dspark-serve serve $(ARGS)
 
-# The default model comes first, so that parallel test workers do not each fetch it.
+# The default model comes first, so that parallel test workers do not each fetch it. Two workers of one thread each use
+# two cores best; a sample of the exactness tests runs before them as a server does, with all threads in one process.
 test: lint
 	@$(VENV)/bin/python -c "from dspark_serve.models.loader import resolve; resolve('smollm2-135m-instruct')"
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+ifndef PYTEST_ARGS
+	$(PYTEST) -q tests/test_exactness.py -k "smollm2 and (batch or chunk7) and not random"
+endif
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .

