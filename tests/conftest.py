@@ -1,6 +1,13 @@
 """Fixtures shared by all tests: the embedded default model, fetched once, and real prompts in its tokens."""
 
+import os
+
 import pytest
+
+# Parallel workers share the cores: one thread each, servers they start included. Two pools of spinning threads on the
+# same cores wait for each other at every operation and take ten times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROMPTS = [
     "Write a haiku about the sea.",

@@ -24,14 +24,12 @@ def byte_tokenizer():
     return tokenizer
 
 
-def write_tiny_model(directory, tokenizer=True, seed=0):
-    """Save a two-layer random Llama, sharp enough that its text is not one repeated byte; returns the directory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_config(vocab=VOCAB, **changes):
+    """A two-layer Llama, sharp enough when random that its text is not one repeated token."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+    return LlamaConfig(
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -39,9 +37,17 @@ def write_tiny_model(directory, tokenizer=True, seed=0):
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.3,
-        eos_token_id=EOS,
-        bos_token_id=None,
+        **changes,
     )
+
+
+def write_tiny_model(directory, tokenizer=True, seed=0):
+    """Save a random tiny_config model, with or without a tokenizer; returns the directory."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = tiny_config(eos_token_id=EOS, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(directory)
     if tokenizer:
         byte_tokenizer().save_pretrained(directory)

@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dspark_kernels.noise import DRAFT
 from dspark_serve.cache.pages import PagePool
@@ -18,26 +18,16 @@ from dspark_serve.models.dense import DenseModel
 from dspark_serve.speculation.budget import KeepAll
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import EngineInfo, Request, SamplingParams
+from tests.tiny_model import tiny_config
 
 VOCAB = 96
 
 
 @cache
 def toy_model(seed=0, vocab=VOCAB):
-    """A random two-layer Llama, sharp enough that greedy text is not one repeated token."""
+    """A random two-layer Llama, the same for the same seed."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = tiny_config(vocab, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
     weights = LlamaForCausalLM(config).state_dict()
     return DenseModel.from_weights(config, weights, torch.float32, torch.device("cpu"))
 

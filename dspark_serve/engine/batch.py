@@ -29,7 +29,7 @@ class Batcher:
         """proposal: the kept drafts of plan.drafting, already trimmed."""
         rows = plan.rows
         kept = _spread(plan, proposal.n_draft)
-        lens = [row.length + k for row, k in zip(rows, kept, strict=True)]
+        lens = np.array([row.length + k for row, k in zip(rows, kept, strict=True)], dtype=np.int64)
         ends = np.cumsum(lens)
         table = _page_table(rows)
         tokens = np.concatenate([_row_tokens(row, k) for row, k in zip(rows, kept, strict=True)])
@@ -47,8 +47,8 @@ class Batcher:
             positions=self._move(positions),
             slots=self._move(slots),
             page_table=self._move(table),
-            query_lens=tuple(lens),
-            context_lens=tuple(row.start + n for row, n in zip(rows, lens, strict=True)),
+            query_lens=tuple(lens.tolist()),
+            context_lens=tuple(row.start + n for row, n in zip(rows, lens.tolist(), strict=True)),
             sample_index=self._move(sample_index),
             sample_lens=sample_lens,
             drafts=drafts,
