@@ -84,12 +84,17 @@ def bits_np(seed: Integers, position: Integers, token: Integers, stream: int = G
 
 def uniform_np(seed: Integers, position: Integers, stream: int) -> Floats:
     """Uniforms of the open interval (0, 1): the 2^23 odd multiples of 2^-24, each equally likely."""
-    return _open_unit_np(bits_np(seed, position, 0, stream))
+    return _grid_uniform_np(bits_np(seed, position, 0, stream) >> np.uint32(9))
 
 
 def gumbel_np(seed: Integers, position: Integers, token: Integers, stream: int = GUMBEL) -> Floats:
     """Standard Gumbel noise -log(-log u) at an address, within [GUMBEL_MIN, GUMBEL_MAX]."""
-    return -log_np(-log_np(_open_unit_np(bits_np(seed, position, token, stream))))
+    return grid_gumbel_np(bits_np(seed, position, token, stream) >> np.uint32(9))
+
+
+def grid_gumbel_np(index: npt.NDArray[Any]) -> Floats:
+    """The Gumbel value of a uniform's grid index in [0, 2^23)."""
+    return -log_np(-log_np(_grid_uniform_np(index)))
 
 
 def log_np(x: Floats) -> Floats:
@@ -111,8 +116,8 @@ def log_np(x: Floats) -> Floats:
     return np.asarray((f + y) + exponent * f32(_LN2_HIGH), dtype=f32)
 
 
-def _open_unit_np(bits: Words) -> Floats:
-    return np.asarray(((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23))
+def _grid_uniform_np(index: npt.NDArray[Any]) -> Floats:
+    return np.asarray((index.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23))
 
 
 def _int64_np(x: Integers) -> npt.NDArray[np.int64]:
@@ -190,6 +195,8 @@ def grid_runs(seed: Tensor, position: Tensor, first: Tensor, width: int, stream:
 
 def grid_gumbel(index: Tensor) -> Tensor:
     """The Gumbel value of a grid index, float32. It never falls as the index grows (tested on the whole grid)."""
+    if index.device.type == "cpu" and index.numel() <= _NUMPY_CALLS:
+        return torch.from_numpy(grid_gumbel_np(index.numpy()))
     return log(log(_grid_uniform(index)).neg_()).neg_()
 
 
