@@ -1,0 +1,7 @@
+"""dspark-serve. Settings that must be in the environment before torch is loaded live here, and nothing else."""
+
+import os
+
+# torch's threads spin for milliseconds at the end of every operation. Where another process wants a core, the spinners
+# keep it from the thread they wait for, and a step takes ten times as long. So they spin briefly, then sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -117,7 +117,8 @@ class DrainingServer(uvicorn.Server):
         try:
             info = await self.service.engine.wait_loaded()
         except Exception as error:
-            self.failure = error
+            if self._draining is None and not self.forced:  # else it is the signal that ended the loading
+                self.failure = error
             self.should_exit = True
             return
         address = self.servers[0].sockets[0].getsockname()

@@ -1,6 +1,6 @@
 """The real server process on a scripted engine: `python scripted_server.py '{"port": 0, ...}' DELAY_S TEXT [FAILURE]`.
 
-TEXT 0 leaves the tokenizer out, and with it the seconds that importing Transformers takes.
+TEXT 0 leaves the tokenizer out, and with it the seconds that importing Transformers takes. FAILURE "slow" never loads.
 """
 
 import json
@@ -18,7 +18,7 @@ from dspark_serve.server.run import StartupError, serve
 
 def load(_):
     if len(sys.argv) > 4:
-        time.sleep(0.2)
+        time.sleep(600 if sys.argv[4] == "slow" else 0.2)
         raise ValueError(sys.argv[4])
     return FakeEngine(delay_s=float(sys.argv[2]), burst=2), byte_tokenizer() if sys.argv[3] == "1" else None
 

@@ -189,6 +189,27 @@ def test_loading_failure_is_one_sentence():
     assert (code, errors) == (1, "dspark-serve: the model is made of cheese\n")
 
 
+def test_a_signal_while_loading_ends_it_quietly():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, HERE / "scripted_server.py", json.dumps({"port": port}), "0", "0", "slow"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+        assert "stopped while" not in errors
+
+
+def answers(url):
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_port_in_use_is_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
