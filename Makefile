@@ -20,9 +20,9 @@ serve: $(RUNTIME)
 test: lint
 	@$(VENV)/bin/python -c "from dspark_serve.models.loader import resolve; resolve('smollm2-135m-instruct')"
 ifndef PYTEST_ARGS
-	$(PYTEST) -q tests/test_exactness.py -k "smollm2 and (batch or chunk7) and not random"
+	$(PYTEST) -q tests/test_exactness.py -k "smollm2-0.8-ngram and (batch or chunk7)"
 endif
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .
