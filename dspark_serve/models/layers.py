@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACK_ROWS = 8  # rows oneDNN lays packed weights out for; measured, see PackedLinear
+PACK_ROWS = (
+    8  # oneDNN 3.12 chose the same layout (AB16b64a) for 2 to 64 rows, with AVX2 and with AVX-512; 1 packs nothing
+)
 _MIN_PACKED_ROWS = 2  # a single row takes another kernel for some widths, with other bits
 _MIN_PLAIN_ROWS = 4  # likewise for F.linear in float32 on CPU
 _GRAIN = 32768  # elements below which torch runs an elementwise operation on one thread (at::internal::GRAIN_SIZE)
