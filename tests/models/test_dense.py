@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore
 from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseConfig, DenseModel, UnsupportedConfig
 from dspark_serve.models.invariance import Chunk, probe_batch
-from dspark_serve.models.layers import backend_name, swiglu
+from dspark_serve.models.layers import PlainLinear, backend_name, make_linear, swiglu
 
 transformers = pytest.importorskip("transformers")
 
@@ -229,6 +229,22 @@ def test_swiglu_has_the_same_bits_for_any_rows_and_threads(width: int, threads: 
         torch.set_num_threads(before)
     gate, up = gate_up.double().chunk(2, dim=1)
     assert_close(whole, (gate * torch.sigmoid(gate) * up).float())
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (896, 4864), (3072, 576)])
+@pytest.mark.parametrize("make", [make_linear, PlainLinear])
+def test_linears_have_the_same_bits_for_any_rows(make: Any, shape: tuple[int, int]) -> None:
+    """At widths of real models: narrow ones do not reach the kernels that differ for a single row."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(80, shape[1], generator=generator)
+    linear = make(weight)
+    whole = linear(x)
+    assert_close(whole / shape[1] ** 0.5, torch.nn.functional.linear(x, weight) / shape[1] ** 0.5)
+    if make is PlainLinear:
+        return  # its bits are up to the machine's BLAS: row_variance reports them
+    for rows in (1, 2, 3, 4, 7, 8, 16, 17, 33, 64):
+        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
+        assert torch.equal(linear(x[9 : 9 + rows]), whole[9 : 9 + rows]), rows
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
