@@ -5,6 +5,8 @@ SmolLM2, greedy, fp32, CPU. Both sides of each comparison alternate within one r
 
 from __future__ import annotations
 
+import concurrent.futures as futures
+import json
 import os
 import statistics
 import subprocess
@@ -14,16 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from dspark_serve.config import Config  # isort: skip  (before torch: the package decides how its threads wait)
+
 import httpx
 import psutil
-import torch
 import typer
-from common import Spread, facts, prompts, write_json
+from common import HERE, Spread, facts, prompts, write_json
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dspark_serve.config import Config
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.types import Request, SamplingParams, StepReport
@@ -50,11 +52,11 @@ class Bench:
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick
+        self.new_tokens = NEW_TOKENS
         self.engines = {method: self._engine(method) for method in ("none", "ngram")}
         path = self.engines["none"].info.model_dir
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        self.reference = self._reference(path)
         self._count = 0
 
     @staticmethod
@@ -75,7 +77,7 @@ class Bench:
     def ours(self, method: str, batch: Sequence[list[int]]) -> tuple[float, list[list[int]], list[StepReport]]:
         """Seconds, tokens and step reports of serving the prompts together."""
         engine = self.engines[method]
-        params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
         tokens: dict[str, list[int]] = {}
         reports: list[StepReport] = []
         start = time.perf_counter()
@@ -90,14 +92,25 @@ class Bench:
                 tokens[delta.request_id].extend(delta.token_ids)
         return time.perf_counter() - start, list(tokens.values()), reports
 
-    @torch.inference_mode()
     def theirs(self, batch: Sequence[list[int]]) -> tuple[float, list[list[int]]]:
-        padded = self.tokenizer.pad({"input_ids": list(batch)}, return_tensors="pt")
-        start = time.perf_counter()
-        out = self.reference.generate(
-            **padded, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-        )
-        return time.perf_counter() - start, out[:, padded["input_ids"].shape[1] :].tolist()
+        """Seconds and tokens of Transformers on the same prompts as one static batch."""
+        assert self.reference.stdin is not None
+        assert self.reference.stdout is not None
+        self.reference.stdin.write(json.dumps({"prompts": batch, "new_tokens": self.new_tokens}) + "\n")
+        self.reference.stdin.flush()
+        answer = json.loads(self.reference.stdout.readline())
+        return answer["seconds"], answer["tokens"]
+
+    @staticmethod
+    def _reference(path: str) -> subprocess.Popen[str]:
+        """Transformers in a process of its own, without this package's settings for threads and products."""
+        clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "MKL_CBWR")}
+        command = [sys.executable, str(HERE / "reference.py"), path]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise RuntimeError("the reference process did not start")
+        return process
 
     # ---- the comparisons
 
@@ -105,8 +118,10 @@ class Bench:
         """Tokens/s per side and the ratio of second to first side, sides alternating; every side warms up once."""
         rates: dict[str, list[float]] = {name: [] for name in sides}
         equal: list[bool] = []
+        self.new_tokens = 16
         for side in sides.values():
             side(rounds[0])
+        self.new_tokens = NEW_TOKENS
         for number, item in enumerate(rounds):
             order = list(sides) if number % 2 == 0 else list(reversed(sides))
             outputs = {}
@@ -159,7 +174,6 @@ def memory(quick: bool) -> dict[str, Any]:
         process = psutil.Process(server.pid)
         texts = prompts()
         levels: dict[int, float] = {}
-        import concurrent.futures as futures
 
         def one(index: int) -> None:
             body: dict[str, Any] = {
@@ -222,17 +236,18 @@ def show(result: dict[str, Any]) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer repetitions, under five minutes on two cores.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write everything measured here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
 ) -> None:
     """Measure, print a table, exit 0 whatever the figures say."""
     bench = Bench(quick)
     result: dict[str, Any] = {"facts": facts()}
     for name in ("single", "copying", "batched", "host"):
         result[name] = getattr(bench, name)()
+    bench.reference.terminate()
     del bench
     result["memory"] = memory(quick)
     show(result)
-    write_json(json, result)
+    write_json(json_path, result)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+import dspark_serve  # noqa: F401 - before torch, whose threads and products it sets up
+
 # Parallel workers share the cores: one thread each, servers they start included. Two pools of spinning threads on the
 # same cores wait for each other at every operation and take ten times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
