@@ -32,6 +32,7 @@ from dspark_serve.types import Request, SamplingParams, StepReport
 
 MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 128
+OURS = ("GOMP_SPINCOUNT", "MKL_CBWR", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # set by the package
 HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
 COPY_TEXTS = [
     "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light "
@@ -104,7 +105,7 @@ class Bench:
     @staticmethod
     def _reference(path: str) -> subprocess.Popen[str]:
         """Transformers in a process of its own, without this package's settings for threads and products."""
-        clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "MKL_CBWR")}
+        clean = {name: value for name, value in os.environ.items() if name not in OURS}
         command = [sys.executable, str(HERE / "reference.py"), path]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
         assert process.stdout is not None
