@@ -1,6 +1,7 @@
 """Where options come from, who wins, and what is said of a wrong one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,10 @@ def test_unknown_variables():
     assert len(found) == 1
     assert "DSPARK_PROT" in found[0]
     assert "DSPARK_PORT" in found[0]
+
+
+def test_shipped_configurations_load():
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_config(file=str(file))
