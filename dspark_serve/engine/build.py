@@ -35,7 +35,7 @@ DRAFTERS: dict[str, Callable[[SpeculationConfig], Drafter]] = {
 }
 
 _GIB = 1 << 30
-_CPU_SHARE = 0.1  # of the memory that is available once the weights are in
+_CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
 def build_engine(config: Config) -> Engine:
