@@ -8,7 +8,7 @@ import platform
 
 from setuptools import Extension, setup
 
-_SOURCES = ["kernels/dspark_kernels/cpu/gemm.cpp", "kernels/dspark_kernels/cpu/attention.cpp"]
+_SOURCES = [f"kernels/dspark_kernels/cpu/{name}.cpp" for name in ("gemm", "attention", "argmax")]
 _HEADERS = ["kernels/dspark_kernels/cpu/simd.h"]
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
 _SETS = {"base": []}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels import noise
+from dspark_kernels import native, noise
 from dspark_serve.tensors import LogprobTable, Penalties, SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
 
@@ -188,6 +188,8 @@ def argmax(logits: Tensor) -> Tensor:
 
     torch.argmax, except that the one full pass is a plain maximum, which the CPU does ten times faster.
     """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and (kernels := native.load()) is not None:
+        return kernels.argmax(logits)
     return _argmax_of_blocks(*_block_maxima(logits))
 
 

@@ -147,5 +147,4 @@ class Verdict:
 
     def to_host(self) -> list[RowResult]:
         """One device-to-host copy; draft counts and logprobs are the engine's to add."""
-        packed = torch.cat([self.n_accepted.unsqueeze(1), self.tokens], dim=1).tolist()
-        return [RowResult(tokens=tuple(row[1 : row[0] + 2]) if row[1] >= 0 else ()) for row in packed]
+        return [RowResult(tokens=tuple(token for token in row if token >= 0)) for row in self.tokens.tolist()]

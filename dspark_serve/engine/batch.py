@@ -5,7 +5,7 @@ Built in numpy and moved once. Must not know: models, attention, what the drafte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,8 @@ class Batcher:
         owner = np.repeat(np.arange(len(rows)), lens)
         slots = table[owner, positions // self.page_size] * self.page_size + positions % self.page_size
         sample_lens = tuple(k + 1 if row.samples else 0 for row, k in zip(rows, kept, strict=True))
-        sample_index = _last_of_each(ends, sample_lens)
+        within = _within(sample_lens)
+        sample_index = np.repeat(ends - np.array(sample_lens), sample_lens) + within
         token_ids = self._move(tokens)
         drafts = self._spread_drafts(plan, proposal, token_ids, ends, kept)
         score_lens = tuple(_num_scores(row) for row in rows)
@@ -53,7 +54,7 @@ class Batcher:
             sample_lens=sample_lens,
             drafts=drafts,
             draft_probs=self._spread_probs(plan, proposal, drafts),
-            sampling=self._sampling(rows, sample_lens, drafts),
+            sampling=self._sampling(rows, sample_lens, within, drafts),
             logprobs=tuple(row.request.params.logprobs for row in rows),
             score_index=score_index,
             score_targets=score_targets,
@@ -100,24 +101,29 @@ class Batcher:
             targets.extend(row.request.prompt_token_ids[row.request.num_scored + 1 :][:count])
         return self._move(np.array(index, dtype=np.int64)), self._move(np.array(targets, dtype=np.int64))
 
-    def _sampling(self, rows: Sequence[Row], sample_lens: tuple[int, ...], drafts: Tensor) -> SamplingBatch:
+    def _sampling(
+        self, rows: Sequence[Row], sample_lens: tuple[int, ...], within: npt.NDArray[np.int64], drafts: Tensor
+    ) -> SamplingBatch:
         params = [row.request.params for row in rows]
         repeat = np.array(sample_lens)
-
-        def per_sample(values: Iterable[float], dtype: type) -> Tensor:
-            return self._move(np.repeat(np.array(list(values), dtype=dtype), repeat))
-
-        first = np.repeat(np.array([row.start + row.length for row in rows]), repeat)
-        position = first + _within(sample_lens)
+        # One matrix per type: building and moving arrays is what a step's host time goes into.
+        numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32).repeat(repeat, axis=0)
+        whole = np.array(
+            [(max(row.request.params.top_k, 0), _signed(row.request.seed), row.start + row.length) for row in rows],
+            dtype=np.int64,
+        ).repeat(repeat, axis=0)
+        whole[:, 2] += within
+        temperature, top_p, min_p = self._move(numbers.T)
+        top_k, seed, position = self._move(whole.T)
         sampling = [p for p, n in zip(params, sample_lens, strict=True) if n]
         bias = self._bias(rows, sample_lens)
         return SamplingBatch(
-            temperature=per_sample((p.temperature for p in params), np.float32),
-            top_k=per_sample((max(p.top_k, 0) for p in params), np.int64),
-            top_p=per_sample((p.top_p for p in params), np.float32),
-            min_p=per_sample((p.min_p for p in params), np.float32),
-            seed=per_sample((_signed(row.request.seed) for row in rows), np.int64),
-            position=self._move(position),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            position=position,
             all_greedy=all(p.greedy for p in sampling),
             any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in sampling),
             penalties=self._penalties(rows, sample_lens, drafts),
@@ -155,6 +161,9 @@ class Batcher:
         sample = 0
         for row, count in zip(rows, sample_lens, strict=True):
             request, params = row.request, row.request.params
+            if not params.logit_bias and request.num_generated >= params.min_tokens:
+                sample += count
+                continue
             stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
             for slot in range(count):
                 entries = list(params.logit_bias)

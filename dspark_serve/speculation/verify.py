@@ -6,6 +6,7 @@ one-hot distribution; neither is a branch here.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,16 +25,19 @@ def verify(logits: Tensor, batch: StepBatch, mode: VerifyMode) -> Verdict:
     """
     logits = logits[: batch.num_samples]
     device, width = logits.device, batch.drafts.shape[1] + 1
-    lens = torch.tensor(batch.sample_lens, dtype=torch.int64, device=device)  # [rows]
-    slot = torch.arange(width, device=device)  # [width]
+    # Which sample belongs to which slot is known on the host: a few integers, not a dozen operations on the device.
+    lens, slot = np.array(batch.sample_lens, dtype=np.int64)[:, None], np.arange(width)  # [rows, 1], [width]
+    unused = torch.from_numpy(slot >= lens).to(device)  # [rows, width]
     if not batch.num_samples:
-        return Verdict(torch.zeros_like(lens), torch.full((len(lens), width), -1, device=device))
-    # Sample of every (row, slot). Slots past a row's own samples point anywhere valid and are masked below.
-    sample = ((lens.cumsum(0) - lens).unsqueeze(1) + slot).clamp(max=batch.num_samples - 1)  # [rows, width]
+        return Verdict(
+            torch.zeros(len(lens), dtype=torch.int64, device=device), torch.full(unused.shape, -1, device=device)
+        )
+    # Slots past a row's own samples point anywhere valid.
+    sample = np.minimum(lens.cumsum()[:, None] - lens + slot, batch.num_samples - 1)  # [rows, width]
     rule = _coupled if mode == "coupled" else _rejection
-    n_accepted, tokens = rule(logits, batch, sample)
-    outside = (slot > n_accepted.unsqueeze(1)) | (slot >= lens.unsqueeze(1))  # [rows, width]
-    return Verdict(n_accepted * (lens > 0), tokens.masked_fill_(outside, -1))
+    n_accepted, tokens = rule(logits, batch, torch.from_numpy(sample).to(device))
+    past = unused | (torch.arange(width, device=device) > n_accepted.unsqueeze(1))  # [rows, width]
+    return Verdict(n_accepted.masked_fill_(unused[:, 0], 0), tokens.masked_fill_(past, -1))
 
 
 def _coupled(logits: Tensor, batch: StepBatch, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +94,8 @@ def residual_probs(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
 
 def leading(accepted: Tensor) -> Tensor:
     """How many entries from the left are true: [rows, width] bool -> [rows] int64."""
+    if not accepted.shape[1]:
+        return accepted.new_zeros(len(accepted), dtype=torch.int64)
     return accepted.long().cumprod(-1).sum(-1)
 
 

@@ -59,7 +59,8 @@ class Kernels:
         library.dspark_packed_size.argtypes = (c_int64,) * 3
         library.dspark_packed_size.restype = c_int64
         library.dspark_pack.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for function in (library.dspark_pack, library.dspark_product, library.dspark_attention):
+        library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
+        for function in (library.dspark_pack, library.dspark_product, library.dspark_attention, library.dspark_argmax):
             function.restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
@@ -99,6 +100,13 @@ class Kernels:
                 )
             )
         )
+        return out
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """Index of the largest entry per row, the lowest on ties, the first NaN if any; x [rows, width] float32."""
+        x = x.contiguous()
+        out = x.new_empty(x.shape[0], dtype=torch.int64)
+        self.library.dspark_argmax(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
         return out
 
     def attends(self, head_dim: int, value_dim: int) -> bool:

@@ -140,9 +140,7 @@ private:
         for (int64_t lane = 0; lane < LANES; lane++) {
             from[lane] = key(std::min((first_block_ + block) * LANES + lane, stop - 1));
         }
-        for (int64_t d = 0; d < a_.head_dim; d++) {
-            for (int64_t lane = 0; lane < LANES; lane++) to[d * LANES + lane] = from[lane][d];
-        }
+        for (int64_t d = 0; d < a_.head_dim; d += LANES) dspark::transpose(from, d, to + d * LANES);
     }
 
     template <int HEADS>

@@ -1,4 +1,5 @@
 // One vector of floats and the few operations the kernels need, per instruction set.
+// transpose: LANES floats from `at` of each of LANES rows become LANES columns, one vector after the other.
 //
 // Every sum in the kernels is a chain of `fma` in a fixed order, so a result never depends on how the work around it was
 // tiled. The compiler may not fuse or reorder on its own (-ffp-contract=off, no -ffast-math).
@@ -38,6 +39,33 @@ inline Vec power_of_two(Vec n) {  // 2^n for whole n in [-126, 128]
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline const char* isa() { return "avx512"; }
+inline void transpose(const float* const* rows, int64_t at, float* to) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = load(rows[i] + at);
+    for (int i = 0; i < 16; i += 2) {  // pairs, then fours, within each quarter of the vectors
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int i = 0; i < 4; i++) {  // then the quarters themselves
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        store(to + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+        store(to + (i + 4) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+        store(to + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+        store(to + (i + 12) * 16, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -60,6 +88,25 @@ inline Vec power_of_two(Vec n) {
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline const char* isa() { return "avx2"; }
+inline void transpose(const float* const* rows, int64_t at, float* to) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = load(rows[i] + at);
+    for (int i = 0; i < 8; i += 2) {  // pairs, then fours, within each half of the vectors
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            __m256d low = _mm256_castps_pd(b[i + j]), high = _mm256_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+        }
+    }
+    for (int i = 0; i < 4; i++) {  // then the halves themselves
+        store(to + i * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        store(to + (i + 4) * 8, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -82,6 +129,11 @@ inline Vec power_of_two(Vec n) {
 }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline const char* isa() { return "neon"; }
+inline void transpose(const float* const* rows, int64_t at, float* to) {
+    for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < LANES; j++) to[i * LANES + j] = rows[j][at + i];
+    }
+}
 
 #else  // any C++17 compiler
 
@@ -104,6 +156,11 @@ inline Vec round_even(Vec a) { return map([&](int i) { return std::nearbyint(a.l
 inline Vec power_of_two(Vec n) { return map([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.lane[i])); }); }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline const char* isa() { return "portable"; }
+inline void transpose(const float* const* rows, int64_t at, float* to) {
+    for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < LANES; j++) to[i * LANES + j] = rows[j][at + i];
+    }
+}
 
 #endif
 
