@@ -137,7 +137,7 @@ class Bench:
         return result | {"ratio": Spread.of(ratio), "same_tokens": f"{sum(equal)} of {len(equal)}"}
 
     def single(self) -> dict[str, Any]:
-        items = [[self.encode(text)] for text in prompts()[:: 8 if self.quick else 3]]
+        items = [[self.encode(text)] for text in prompts()[:: 11 if self.quick else 3]]
         return self.compare(items, {"transformers": self.theirs, "engine": lambda b: self.ours("none", b)[:2]})
 
     def copying(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Bench:
 
 def memory(quick: bool) -> dict[str, Any]:
     """Resident MiB of a real server after 20 and after 200 mixed requests over HTTP, 8 at a time."""
-    total = 120 if quick else 200
+    total = 80 if quick else 200
     command = [sys.executable, "-m", "dspark_serve.cli", "serve", MODEL, "--port", "8931", "--kv-cache-gib", "0.5"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     base = "http://127.0.0.1:8931"

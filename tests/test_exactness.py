@@ -55,8 +55,9 @@ def subjects(request):
 
     def get(name, temperature):
         if (name, temperature) not in cache:
-            if name == "toy":
-                cache[name, temperature] = Subject(toy_model(), ragged_prompts(VOCAB), 24, temperature)
+            if name.startswith("toy"):
+                model = toy_model(kernels="torch" if name == "toy-torch" else "auto")
+                cache[name, temperature] = Subject(model, ragged_prompts(VOCAB), 24, temperature)
             else:
                 model, prompts = request.getfixturevalue("smollm2"), request.getfixturevalue("real_prompts")
                 cache[name, temperature] = Subject(model, prompts, 12, temperature)
@@ -68,7 +69,7 @@ def subjects(request):
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("name", ["toy", "smollm2"])
+@pytest.mark.parametrize("name", ["toy", "toy-torch", "smollm2"])
 def test_same_bits(subjects, name, temperature, drafter, situation):
     subject = subjects(name, temperature)
     if situation == "alone":

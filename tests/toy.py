@@ -24,12 +24,12 @@ VOCAB = 96
 
 
 @cache
-def toy_model(seed=0, vocab=VOCAB):
-    """A random two-layer Llama, the same for the same seed."""
+def toy_model(seed=0, vocab=VOCAB, kernels="auto"):
+    """A random two-layer Llama, the same for the same seed; its heads fill the vectors of every instruction set."""
     torch.manual_seed(seed)
     config = tiny_config(vocab, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
     weights = LlamaForCausalLM(config).state_dict()
-    return DenseModel.from_weights(config, weights, torch.float32, torch.device("cpu"))
+    return DenseModel.from_weights(config, weights, torch.float32, torch.device("cpu"), kernels)
 
 
 class Oracle:

@@ -154,12 +154,12 @@ void dspark_product(const Product* product) {
 #pragma omp parallel num_threads(p.threads)
     {
         if (p.norm) {
-#pragma omp for
+#pragma omp for schedule(dynamic)
             for (int64_t row = 0; row < p.rows; row++) {
                 rms_norm(p.x + row * p.x_stride, p.norm, p.scratch + row * p.inputs, p.inputs, p.eps);
             }
         }
-#pragma omp for
+#pragma omp for schedule(dynamic)
         for (int64_t panel = 0; panel < panels; panel++) one_panel(p, x, stride, panel);
     }
 }
