@@ -102,6 +102,20 @@ class Proposal:
         tokens = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(drafts), width)
         return Proposal(tokens, tuple(len(d) for d in drafts))
 
+    def spread(self, index: Sequence[int], rows: int) -> Proposal:
+        """This proposal's rows as rows `index` of a larger one, whose other rows draft nothing."""
+        where = torch.tensor(index, device=self.tokens.device)
+        n_draft = [0] * rows
+        for row, count in zip(index, self.n_draft, strict=True):
+            n_draft[row] = count
+
+        def place(part: Tensor | None, fill: float) -> Tensor | None:
+            return None if part is None else part.new_full((rows, *part.shape[1:]), fill).index_copy_(0, where, part)
+
+        tokens = place(self.tokens, -1)
+        assert tokens is not None
+        return Proposal(tokens, tuple(n_draft), place(self.draft_probs, 0.0), place(self.confidence, 0.0))
+
     def trim(self, kept: Sequence[int]) -> Proposal:
         """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
         if len(kept) != len(self.n_draft) or any(not 0 <= k <= n for k, n in zip(kept, self.n_draft, strict=True)):

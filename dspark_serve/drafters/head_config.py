@@ -100,6 +100,7 @@ class HeadConfig:
             _require(self.num_layers == 1, f"EAGLE-3 heads have 1 layer, this one says {self.num_layers}")
             _require(self.taps[0] >= 0, "EAGLE-3 heads cannot tap the embedding (-1)")
             _require(not self.markov_rank and not self.confidence, "EAGLE-3 heads have no Markov or confidence head")
+            _require(self.draft_vocab_size is None, "EAGLE-3 heads have no draft_vocab_size in this format")
         else:
             mask = self.mask_token_id
             _require(mask is not None, "the head's config.json lacks mask_token_id")

@@ -341,6 +341,12 @@ class DenseModel:
         )  # [tokens, heads, head_dim]
         return hidden + layer.out(context.view(-1, c.heads * c.head_dim))
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self._embed.index_select(0, token_ids)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden).float()
+
     def _logits(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)
