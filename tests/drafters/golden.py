@@ -39,59 +39,55 @@ def golden_tensors(head):
 
 
 class Threshold:
-    """The reference's gate: verify up to the first slot whose confidence is below `least`; prompts are not drafted."""
+    """The reference's gate: verify up to the first slot whose confidence is below the request's threshold.
+
+    `rounds` lists what was drafted, by request id. The reference never drafts from a prompt's own token.
+    """
 
     def __init__(self, least):
         self.least = least
-        self.rounds = []
+        self.rounds = {name: [] for name in least}
 
     def choose(self, plan, proposal):
-        kept = []
-        for index, (row, n) in enumerate(zip(plan.drafting, proposal.n_draft, strict=True)):
-            if row.start < row.request.num_prompt:  # the reference never drafts from a prompt's token
-                kept.append(0)
-                continue
-            confidence = None if proposal.confidence is None else proposal.confidence[index]
-            low = [] if confidence is None else (confidence < self.least).nonzero().flatten().tolist()
-            kept.append(min([n, *low]))
-            self.rounds.append(
-                {
-                    "start": row.start,
-                    "anchor": row.request.token_ids[-1],
-                    "draft_tokens": proposal.tokens[index].tolist(),
-                    "verify_len": kept[-1],
-                    "confidence": None if confidence is None else confidence.tolist(),
-                }
-            )
-        return kept
+        return [self._keep(index, row, proposal) for index, row in enumerate(plan.drafting)]
+
+    def _keep(self, index, row, proposal):
+        name = row.request.request_id
+        if row.start < row.request.num_prompt:
+            return 0
+        confidence = None if proposal.confidence is None else proposal.confidence[index]
+        low = [] if confidence is None else (confidence < self.least[name]).nonzero().flatten().tolist()
+        self.rounds[name].append(
+            {
+                "start": row.start,
+                "anchor": row.request.token_ids[-1],
+                "draft_tokens": proposal.tokens[index].tolist(),
+                "verify_len": min([proposal.n_draft[index], *low]),
+                "confidence": None if confidence is None else confidence.tolist(),
+            }
+        )
+        return self.rounds[name][-1]["verify_len"]
 
 
-def golden_engine(head, budget, **options):
-    return make_engine(target_of(head), golden_plan(head), budget=budget, page_size=8, **options)
-
-
-def replay(head, golden, **options):
-    """Run a golden run's prompt; returns (tokens, rounds as recorded, accepted drafts per round)."""
-    budget = Threshold(golden.get("confidence_threshold") or 0.0)
-    engine = golden_engine(head, budget, **options)
-    accepted = []
-    step = engine.step
-
-    def recording():
-        before = len(budget.rounds)
-        report = step()
-        if len(budget.rounds) > before:
-            accepted.append(report.rows[0].n_accepted)
-        return report
-
-    engine.step = recording
-    # The reference always drafts full blocks, even past the end: so the request here has room for one more.
-    request = make_request(
-        "r",
-        golden["input_ids"],
-        temperature=0.0,
-        max_tokens=golden["max_new_tokens"] + 8,
-        stop_token_ids=tuple(golden["stop_token_ids"]),
+def replay(head, goldens):
+    """Run golden runs as one batch; returns (tokens, rounds as recorded) of each."""
+    names = [f"r{index}" for index in range(len(goldens))]
+    budget = Threshold(
+        {name: golden.get("confidence_threshold") or 0.0 for name, golden in zip(names, goldens, strict=True)}
     )
-    got = run(engine, [request], check=False)
-    return got.tokens["r"], budget.rounds, accepted
+    engine = make_engine(
+        target_of(head), golden_plan(head), budget=budget, page_size=8, pages=1500, seqs=64, tokens=1024
+    )
+    # The reference always drafts full blocks, even past the end: so requests here have room for one more.
+    requests = [
+        make_request(
+            name,
+            golden["input_ids"],
+            temperature=0.0,
+            max_tokens=golden["max_new_tokens"] + 8,
+            stop_token_ids=tuple(golden["stop_token_ids"]),
+        )
+        for name, golden in zip(names, goldens, strict=True)
+    ]
+    got = run(engine, requests, check=False)
+    return [(got.tokens[name], budget.rounds[name]) for name in names]
