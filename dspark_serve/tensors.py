@@ -89,6 +89,7 @@ class Proposal:
     n_draft: tuple[int, ...]  # [rows]
     draft_probs: Tensor | None = None  # [rows, width, vocab] float32; None: every draft is certain (one-hot)
     confidence: Tensor | None = None  # [rows, width] float32, probability of acceptance given the drafts before
+    drafters: tuple[str, ...] | None = None  # [rows] who drafted a row; None: the engine's one drafter did
 
     @staticmethod
     def empty(rows: int, device: torch.device | str = "cpu") -> Proposal:
@@ -130,6 +131,7 @@ class Proposal:
             tuple(kept),
             None if self.draft_probs is None else self.draft_probs[:, :width],
             None if self.confidence is None else self.confidence[:, :width],
+            self.drafters,
         )
 
 
