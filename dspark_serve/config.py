@@ -76,6 +76,10 @@ class SpeculationConfig(Section):
     )
     prompt_lookup_min: int = Field(default=2, ge=1, description="Shortest n-gram looked up.")
     prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")
+    per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = Field(
+        default="summary",
+        description="Speculation report of each answer; detailed: with drafted and accepted tokens of every step.",
+    )
     verify_mode: Literal["coupled", "rejection"] = Field(
         default="coupled",
         description="coupled: same seed, same text with or without speculation. rejection: same distribution.",

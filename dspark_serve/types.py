@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -154,6 +154,15 @@ class SpeculationStats:
     by_drafter: dict[str, DrafterStats] = field(default_factory=dict)
     per_step_drafted: list[int] = field(default_factory=list)  # per speculative step: drafts sent to verification
     per_step_accepted: list[int] = field(default_factory=list)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per speculative step, the bonus token included; 1 without any."""
+        return 1 + self.num_accepted_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
+
+    def summary(self) -> SpeculationStats:
+        """The same without the lists that hold an entry per step."""
+        return replace(self, per_step_drafted=[], per_step_accepted=[])
 
     def record(self, n_draft: int, n_kept: int, n_accepted: int, drafter: str = "") -> None:
         self.num_draft_tokens += n_draft

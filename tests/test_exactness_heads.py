@@ -56,7 +56,7 @@ def test_same_bits(head, situation):
     """Greedy, T=0.8 and T=1.2 requests side by side; "alone" has one of each."""
     longest = max(map(len, prompts())) + MAX_TOKENS
     options = {
-        "preemption": {"pages": 1 + 2 * -(-longest // PAGE), "prefix_caching": False},
+        "preemption": {"pages": 4 + -(-longest // PAGE), "prefix_caching": False},
         "chunk1": {"chunk": 1},
         "chunk7": {"chunk": 7},
     }.get(situation, {})
