@@ -69,6 +69,7 @@ class SpeculationConfig(Section):
     num_speculative_tokens: int | None = Field(
         default=None, ge=0, description="Most drafts per request and step; default: as many as the head makes, or 4."
     )
+    head_self_test: bool = Field(default=True, description="Try a draft head on a few prompts at load.")
     budget: str = Field(
         default="full",
         pattern=r"^(full|off|fixed:[1-9][0-9]{0,2})$",

@@ -5,6 +5,7 @@ Must not know: HTTP, text. Prints nothing; the caller shows what EngineInfo says
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.engine.self_test import run_self_test
 from dspark_serve.models.base import ModelInfo, TargetModel
 from dspark_serve.models.invariance import row_variance
 from dspark_serve.models.loader import generation_defaults, load_model, resolve
@@ -38,9 +40,11 @@ DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
     "eagle3": lambda config, target: _plan_head(config, target),
     "portfolio": lambda config, target: _plan_portfolio(config, target),
 }
+_SELF_TEST_TOKENS = 1024  # K/V slots for it
 _NGRAM_DRAFTS = 4  # unless num_speculative_tokens says otherwise
 
 _GIB = 1 << 30
+logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
@@ -58,13 +62,28 @@ def build_engine(config: Config) -> Engine:
     model = load_model(resolved, config.model.dtype, str(device), trust)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
     plan = plan_drafter(config.speculation, model)
+    warnings: tuple[str, ...] = ()
+    if plan.num_bytes and config.speculation.head_self_test:
+        plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
+    num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
+    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, warnings)
+
+
+def _assemble(
+    config: Config,
+    path: str,
+    model: TargetModel,
+    plan: DrafterPlan,
+    max_model_len: int,
+    num_pages: int,
+    warnings: tuple[str, ...] = (),
+) -> Engine:
+    page_size = config.cache.page_size
     layers = (*model.info.kv_layers, *plan.kv_layers)
-    num_pages = _num_pages(config, model, layers, max_model_len)
-    store = KVStore(layers, num_pages, config.cache.page_size, model.info.dtype, device)
+    store = KVStore(layers, num_pages, page_size, model.info.dtype, model.device)
     drafter = plan.make(store, len(model.info.kv_layers))
-    pool = PagePool(num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
     scheduler = Scheduler(
-        pool,
+        PagePool(num_pages, page_size, config.cache.enable_prefix_caching),
         max_num_seqs=config.engine.max_num_seqs,
         max_num_batched_tokens=max(config.engine.max_num_batched_tokens, config.engine.max_num_seqs),
         max_model_len=max_model_len,
@@ -73,10 +92,25 @@ def build_engine(config: Config) -> Engine:
         draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    info = _engine_info(config, str(resolved.path), model, store, scheduler, plan)
+    info = replace(_engine_info(config, path, model, store, scheduler, plan), warnings=warnings)
     runner = Runner(model, store, drafter.taps)
     budget = _budget(config.speculation.budget)
-    return Engine(info, scheduler, drafter, budget, Batcher(config.cache.page_size, device), runner)
+    return Engine(info, scheduler, drafter, budget, Batcher(page_size, model.device), runner)
+
+
+def _tested(
+    config: Config, path: str, model: TargetModel, plan: DrafterPlan, max_model_len: int
+) -> tuple[DrafterPlan, tuple[str, ...]]:
+    """The plan to serve with, and what to warn of, after a self-test on a small pool of its own."""
+    assert config.speculation.head is not None
+    num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
+    engine = _assemble(config, path, model, plan, max_model_len, num_pages)
+    result = run_self_test(engine, resolve(config.speculation.head).path)
+    insisted = config.speculation.budget.startswith("fixed:")
+    warnings = result.warnings(config.speculation.head, insisted)
+    for sentence in warnings:
+        logger.warning(sentence)
+    return (DRAFTERS["none"](config.speculation, model) if result.worthless and not insisted else plan), warnings
 
 
 def plan_drafter(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
