@@ -188,14 +188,17 @@ class TestDraftsDependOnTheTokensAlone:
 
 @pytest.mark.parametrize("head", ["dspark_vanilla", "few_tokens", "eagle3", "portfolio"])
 def test_rejection_mode_has_the_targets_distribution(head):
-    """The second and third token of many answers to one prompt, with the head against without: chi-square."""
+    """The second and third token of many answers to one prompt, with the head against without: chi-square.
+
+    Hot, because this target is sure of itself: at lower temperatures a wrong rule would not be noticed.
+    """
     count = 900
-    prompt = prompts()[6]
+    prompt = prompts()[0]
 
     def sample(plan, first_seed):
         engine = make_engine(golden_target(), plan, mode="rejection", page_size=16, seqs=64, tokens=512, pages=800)
         asked = [
-            make_request(f"r{i}", prompt, seed=first_seed + i, temperature=1.2, max_tokens=3, ignore_eos=True)
+            make_request(f"r{i}", prompt, seed=first_seed + i, temperature=3.0, max_tokens=3, ignore_eos=True)
             for i in range(count)
         ]
         got = run(engine, asked, check=False)
@@ -206,6 +209,6 @@ def test_rejection_mode_has_the_targets_distribution(head):
     assert 0 < got.accepted < got.kept
     for column in (1, 2):
         table = torch.stack([torch.bincount(tokens[:, column], minlength=512) for tokens in (drafted, without)])
-        common = table.sum(0) >= 20
+        common = table.sum(0) >= 8
         table = torch.cat([table[:, common], table[:, ~common].sum(1, keepdim=True)], dim=1)
         assert chi2_contingency(table.numpy()).pvalue > 0.001
