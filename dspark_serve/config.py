@@ -62,10 +62,28 @@ class EngineConfig(Section):
 
 
 class SpeculationConfig(Section):
-    method: Literal["ngram", "none"] = Field(default="ngram", description="The drafter.")
-    num_speculative_tokens: int = Field(default=4, ge=0, description="Most drafts per request and step.")
+    method: Literal["ngram", "none", "dspark", "dflash", "eagle3", "portfolio"] | None = Field(
+        default=None,
+        description="The drafter; portfolio: a head and prompt lookup together. Default: the head's kind, else ngram.",
+    )
+    head: str | None = Field(
+        default=None, description="Draft head in DeepSpec format (DSpark, DFlash, EAGLE-3): directory or hub id."
+    )
+    num_speculative_tokens: int | None = Field(
+        default=None, ge=0, description="Most drafts per request and step; default: as many as the head makes, or 4."
+    )
+    head_self_test: bool = Field(default=True, description="Try a draft head on a few prompts at load.")
+    budget: str = Field(
+        default="full",
+        pattern=r"^(full|off|fixed:[1-9][0-9]{0,2})$",
+        description="Drafts to verify. full: all that are made; fixed:K: K per request and step; off: no drafting.",
+    )
     prompt_lookup_min: int = Field(default=2, ge=1, description="Shortest n-gram looked up.")
     prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")
+    per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = Field(
+        default="summary",
+        description="Speculation report of each answer; detailed: with drafted and accepted tokens of every step.",
+    )
     verify_mode: Literal["coupled", "rejection"] = Field(
         default="coupled",
         description="coupled: same seed, same text with or without speculation. rejection: same distribution.",
@@ -126,7 +144,7 @@ def load_config(
     """Merge flags (by leaf name; None is "not given"), then environment, then the YAML file, then defaults.
 
     `speculative_config` is vLLM's JSON object: its keys are leaves of `speculation`, as if they had been flags, and a
-    flag of the same name beats it. Raises ConfigError.
+    flag of the same name beats it; its `model` is our `head`. Raises ConfigError.
     """
     environment = environment or {}
     file = file or environment.get("DSPARK_CONFIG") or None
@@ -187,6 +205,7 @@ def _speculation(value: str | Mapping[str, Any] | None, source: str) -> dict[str
             raise ConfigError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source} must be a JSON object")
+    value = {("head" if key == "model" else key): option for key, option in value.items()}
     for key in value:
         if key not in SpeculationConfig.model_fields:
             raise ConfigError(f"{source}: unknown key {key!r}{_nearest(str(key), SpeculationConfig.model_fields)}")

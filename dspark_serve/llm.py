@@ -40,13 +40,15 @@ MAX_CHOICES = 128
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(types.SamplingParams):
-    """The engine's sampling parameters, and what belongs to a whole prompt: `n` choices, each with a seed of its own.
+    """The engine's sampling parameters, and what belongs to a whole prompt: `n` choices, each with a seed of its own,
+    and how it may be sped up (`speculation`), which never changes the text.
 
     `stop`, `stop_token_ids` and `logit_bias` also come as a string, lists and a mapping, as vLLM's users write them.
     """
 
     n: int = 1
     skip_special_tokens: bool = True
+    speculation: SpeculationParams | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # frozen; this is still construction
@@ -61,8 +63,15 @@ class SamplingParams(types.SamplingParams):
 
 
 @dataclass(frozen=True)
+class RequestMetrics:
+    """What speculation did for a choice; per_request_spec_decode_metrics says how much of it is told."""
+
+    speculative_decoding: SpeculationStats | None
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
-    """One choice. `metrics` says what speculation did for it."""
+    """One choice."""
 
     index: int
     text: str
@@ -70,7 +79,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: list[TokenLogprobs] | None
-    metrics: SpeculationStats
+    metrics: RequestMetrics
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,8 @@ class LLM:
     ) -> list[Choice]:
         n = params.n if isinstance(params, SamplingParams) else 1
         skip = params.skip_special_tokens if isinstance(params, SamplingParams) else True
+        if speculation is None and isinstance(params, SamplingParams):
+            speculation = params.speculation
         if params.stop:
             self._need_tokenizer("stop strings cannot be matched")
         base = self._seeds.getrandbits(63) if params.seed is None else params.seed
@@ -224,7 +235,8 @@ class LLM:
         groups = [self._choices(ids, each, speculation) for ids, each in zip(token_ids, params, strict=True)]
         with tqdm(total=len(groups), desc="Processed prompts", disable=not use_tqdm, unit="prompt") as bar:
             self._drive(self._engine, groups, bar)
-        return [_output(text, choices) for text, choices in zip(texts, groups, strict=True)]
+        level = self.config.speculation.per_request_spec_decode_metrics
+        return [_output(text, choices, level) for text, choices in zip(texts, groups, strict=True)]
 
     def _drive(self, engine: Engine, groups: Sequence[Sequence[Choice]], bar: tqdm[Any]) -> None:
         """Step the engine until every choice has ended; whatever stops us, nothing of ours stays in it."""
@@ -263,7 +275,12 @@ def _fill(engine: Engine, waiting: deque[tuple[int, Choice]], running: dict[str,
         running[choice.request.request_id] = waiting.popleft()
 
 
-def _output(prompt: str | None, choices: Iterable[Choice]) -> RequestOutput:
+def _metrics(stats: SpeculationStats, level: str) -> RequestMetrics:
+    shown = {"none": None, "summary": stats.summary(), "detailed": stats}
+    return RequestMetrics(shown[level])
+
+
+def _output(prompt: str | None, choices: Iterable[Choice], level: str) -> RequestOutput:
     choices = list(choices)
     first = choices[0]
     return RequestOutput(
@@ -278,7 +295,7 @@ def _output(prompt: str | None, choices: Iterable[Choice]) -> RequestOutput:
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
                 logprobs=None if choice.request.params.logprobs is None else choice.logprobs,
-                metrics=choice.request.stats,
+                metrics=_metrics(choice.request.stats, level),
             )
             for index, choice in enumerate(choices)
         ],

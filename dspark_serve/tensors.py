@@ -89,6 +89,7 @@ class Proposal:
     n_draft: tuple[int, ...]  # [rows]
     draft_probs: Tensor | None = None  # [rows, width, vocab] float32; None: every draft is certain (one-hot)
     confidence: Tensor | None = None  # [rows, width] float32, probability of acceptance given the drafts before
+    drafters: tuple[str, ...] | None = None  # [rows] who drafted a row; None: the engine's one drafter did
 
     @staticmethod
     def empty(rows: int, device: torch.device | str = "cpu") -> Proposal:
@@ -101,6 +102,20 @@ class Proposal:
         padded = [[*d, *([-1] * (width - len(d)))] for d in drafts]
         tokens = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(drafts), width)
         return Proposal(tokens, tuple(len(d) for d in drafts))
+
+    def spread(self, index: Sequence[int], rows: int) -> Proposal:
+        """This proposal's rows as rows `index` of a larger one, whose other rows draft nothing."""
+        where = torch.tensor(index, device=self.tokens.device)
+        n_draft = [0] * rows
+        for row, count in zip(index, self.n_draft, strict=True):
+            n_draft[row] = count
+
+        def place(part: Tensor | None, fill: float) -> Tensor | None:
+            return None if part is None else part.new_full((rows, *part.shape[1:]), fill).index_copy_(0, where, part)
+
+        tokens = place(self.tokens, -1)
+        assert tokens is not None
+        return Proposal(tokens, tuple(n_draft), place(self.draft_probs, 0.0), place(self.confidence, 0.0))
 
     def trim(self, kept: Sequence[int]) -> Proposal:
         """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
@@ -116,6 +131,7 @@ class Proposal:
             tuple(kept),
             None if self.draft_probs is None else self.draft_probs[:, :width],
             None if self.confidence is None else self.confidence[:, :width],
+            self.drafters,
         )
 
 

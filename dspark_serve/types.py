@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -134,6 +134,15 @@ class SpeculationParams:
 
 
 @dataclass
+class DrafterStats:
+    """One drafter's share in a request's speculation."""
+
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+@dataclass
 class SpeculationStats:
     """What speculation did for one request, in the field's words (n_draft >= n_kept >= n_accepted)."""
 
@@ -142,14 +151,33 @@ class SpeculationStats:
     num_kept_tokens: int = 0  # sent to verification
     num_accepted_tokens: int = 0
     histogram: list[int] = field(default_factory=list)  # histogram[a]: speculative steps that accepted a drafts
+    by_drafter: dict[str, DrafterStats] = field(default_factory=dict)
+    per_step_drafted: list[int] = field(default_factory=list)  # per speculative step: drafts sent to verification
+    per_step_accepted: list[int] = field(default_factory=list)
 
-    def record(self, n_draft: int, n_kept: int, n_accepted: int) -> None:
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per speculative step, the bonus token included; 1 without any."""
+        return 1 + self.num_accepted_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
+
+    def summary(self) -> SpeculationStats:
+        """The same without the lists that hold an entry per step."""
+        return replace(self, per_step_drafted=[], per_step_accepted=[])
+
+    def record(self, n_draft: int, n_kept: int, n_accepted: int, drafter: str = "") -> None:
         self.num_draft_tokens += n_draft
+        if drafter and n_draft:
+            mine = self.by_drafter.setdefault(drafter, DrafterStats())
+            mine.num_spec_steps += n_kept > 0
+            mine.num_draft_tokens += n_draft
+            mine.num_accepted_tokens += n_accepted
         if not n_kept:
             return
         self.num_spec_steps += 1
         self.num_kept_tokens += n_kept
         self.num_accepted_tokens += n_accepted
+        self.per_step_drafted.append(n_kept)
+        self.per_step_accepted.append(n_accepted)
         self.histogram.extend([0] * (n_accepted + 1 - len(self.histogram)))
         self.histogram[n_accepted] += 1
 
@@ -235,6 +263,7 @@ class RowResult:
     n_kept: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    drafter: str = ""  # who drafted, if anyone did
 
 
 @dataclass(frozen=True)
@@ -257,6 +286,7 @@ class RowReport:
     n_draft: int
     n_kept: int
     n_accepted: int
+    drafter: str = ""
 
 
 @dataclass(frozen=True)
@@ -306,6 +336,12 @@ class EngineInfo:
     verify_mode: VerifyMode
     row_invariant: bool  # the start-up check found the arithmetic bitwise row-invariant
     eos_token_ids: tuple[int, ...]
+    budget: str = "full"  # how many drafts are verified: "full", "fixed:K", "off"
+    head: str | None = None  # the draft head as the user named it
+    head_bytes: int = 0  # its own weights; embedding and LM head are the target's
+    separate_draft_bytes: int = 0  # weights of a separate draft model with as many layers, for comparison
+    draft_kv_bytes: int = 0  # the drafter's share of kv_bytes
+    warnings: tuple[str, ...] = ()  # what the operator should know, one sentence each
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

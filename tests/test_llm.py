@@ -37,7 +37,9 @@ def test_outputs(llm):
         assert (len(choice.token_ids), choice.finish_reason) == (12, "length")
         assert choice.text == llm.tokenizer.decode(choice.token_ids)
         assert choice.logprobs is None
-        assert choice.metrics.num_accepted_tokens <= choice.metrics.num_kept_tokens
+        stats = choice.metrics.speculative_decoding
+        assert stats.num_accepted_tokens <= stats.num_kept_tokens
+        assert stats.per_step_accepted == []
     alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in PROMPTS]
     assert texts(alone) == texts(outputs)
 
@@ -48,7 +50,7 @@ def test_speculation_changes_nothing(llm):
         plain = llm.generate(PROMPTS, params, use_tqdm=False, speculation=SpeculationParams(enabled=False))
         fast = llm.generate(PROMPTS, params, use_tqdm=False)
         assert texts(plain) == texts(fast)
-        assert all(output.outputs[0].metrics.num_draft_tokens == 0 for output in plain)
+        assert all(output.outputs[0].metrics.speculative_decoding.num_draft_tokens == 0 for output in plain)
 
 
 def test_token_ids_and_one_prompt(llm):

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from dspark_kernels.noise import DRAFT
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.cache.store import KVStore
+from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.engine.batch import Batcher
@@ -107,8 +108,12 @@ def make_engine(
     budget=None,
     prefix_caching=True,
 ):
-    drafter = drafter or NoDrafter()
+    """An engine around a drafter, or around a DrafterPlan, whose K/V layers then join the target's."""
     info = model.info
+    store = KVStore((*info.kv_layers, *getattr(drafter, "kv_layers", ())), pages, page_size, info.dtype)
+    if isinstance(drafter, DrafterPlan):
+        drafter = drafter.make(store, len(info.kv_layers))
+    drafter = drafter or NoDrafter()
     length = length or info.max_model_len
     scheduler = Scheduler(
         PagePool(pages, page_size, prefix_caching),
@@ -120,7 +125,6 @@ def make_engine(
         draft_width=drafter.width,
         max_prefill_chunk=chunk,
     )
-    store = KVStore(info.kv_layers, pages, page_size, info.dtype)
     facts = EngineInfo(
         model="toy",
         model_dir="",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
 
@@ -39,3 +41,14 @@ class Drafter(Protocol):
     def release(self, request_id: str) -> None:
         """The request is finished; forget it. Unknown ids are fine."""
         ...
+
+
+@dataclass(frozen=True)
+class DrafterPlan:
+    """A drafter before the K/V pool exists: what it adds to every page, and how to make it once the store is there."""
+
+    name: str  # "ngram", "dspark", ...; what reports call it
+    make: Callable[[KVStore, int], Drafter]  # the store, and which of its layers is the drafter's first
+    kv_layers: tuple[LayerGeometry, ...] = ()
+    num_bytes: int = 0  # weights of its own
+    separate_bytes: int = 0  # weights of a separate draft model with as many layers

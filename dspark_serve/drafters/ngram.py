@@ -40,17 +40,18 @@ class NgramDrafter:
         self._histories: dict[str, _History] = {}
 
     def propose(self, rows: Sequence[Row]) -> Proposal:
-        return Proposal.from_lists([self._draft(row) for row in rows])
+        return Proposal.from_lists([self.look_up(row)[0] for row in rows])
 
-    def _draft(self, row: Row) -> list[int]:
+    def look_up(self, row: Row) -> tuple[list[int], int]:
+        """A row's drafts, and how many of its last tokens occurred before; ([], 0) where none did."""
         history = self._histories.setdefault(row.request.request_id, _History())
         tokens = row.request.token_ids
         self._index(history, tokens)
         for length in self._lengths:
             start = history.follow.get(tuple(tokens[-length:])) if length < len(tokens) else None
             if start is not None:
-                return self._copy(tokens, start, min(self.width, row.max_drafts))
-        return []
+                return self._copy(tokens, start, min(self.width, row.max_drafts)), length
+        return [], 0
 
     def _index(self, history: _History, tokens: list[int]) -> None:
         for end in range(history.indexed, len(tokens)):

@@ -5,36 +5,46 @@ Must not know: HTTP, text. Prints nothing; the caller shows what EngineInfo says
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from dspark_serve.cache.pages import PagePool
-from dspark_serve.cache.store import KVStore
+from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.config import CacheConfig, Config, SpeculationConfig
-from dspark_serve.drafters.base import Drafter
+from dspark_serve.drafters.base import DrafterPlan
+from dspark_serve.drafters.heads import plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
+from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.engine.self_test import run_self_test
 from dspark_serve.models.base import ModelInfo, TargetModel
 from dspark_serve.models.invariance import row_variance
 from dspark_serve.models.loader import generation_defaults, load_model, resolve
-from dspark_serve.speculation.budget import KeepAll
+from dspark_serve.speculation.budget import Budget, FixedBudget, KeepAll
 from dspark_serve.types import EngineInfo
 
-DRAFTERS: dict[str, Callable[[SpeculationConfig], Drafter]] = {
-    "none": lambda config: NoDrafter(),
-    "ngram": lambda config: NgramDrafter(
-        config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max
-    ),
+DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
+    "none": lambda config, target: DrafterPlan("none", lambda store, first: NoDrafter()),
+    "ngram": lambda config, target: _plan_ngram(config),
+    "dspark": lambda config, target: _plan_head(config, target),
+    "dflash": lambda config, target: _plan_head(config, target),
+    "eagle3": lambda config, target: _plan_head(config, target),
+    "portfolio": lambda config, target: _plan_portfolio(config, target),
 }
+_SELF_TEST_TOKENS = 1024  # K/V slots for it
+_NGRAM_DRAFTS = 4  # unless num_speculative_tokens says otherwise
 
 _GIB = 1 << 30
+logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
@@ -51,27 +61,110 @@ def build_engine(config: Config) -> Engine:
     resolved = resolve(config.model.model, trust)
     model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
-    drafter = DRAFTERS[config.speculation.method](config.speculation)
-    num_pages = _num_pages(config, model, max_model_len)
-    store = KVStore(model.info.kv_layers, num_pages, config.cache.page_size, model.info.dtype, device)
-    pool = PagePool(num_pages, config.cache.page_size, config.cache.enable_prefix_caching)
+    plan = plan_drafter(config.speculation, model)
+    warnings: tuple[str, ...] = ()
+    if plan.num_bytes and config.speculation.head_self_test:
+        plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
+    num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
+    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, warnings)
+
+
+def _assemble(
+    config: Config,
+    path: str,
+    model: TargetModel,
+    plan: DrafterPlan,
+    max_model_len: int,
+    num_pages: int,
+    warnings: tuple[str, ...] = (),
+) -> Engine:
+    page_size = config.cache.page_size
+    layers = (*model.info.kv_layers, *plan.kv_layers)
+    store = KVStore(layers, num_pages, page_size, model.info.dtype, model.device)
+    drafter = plan.make(store, len(model.info.kv_layers))
     scheduler = Scheduler(
-        pool,
+        PagePool(num_pages, page_size, config.cache.enable_prefix_caching),
         max_num_seqs=config.engine.max_num_seqs,
         max_num_batched_tokens=max(config.engine.max_num_batched_tokens, config.engine.max_num_seqs),
         max_model_len=max_model_len,
         max_queue=config.engine.max_queue,
         vocab_size=model.info.vocab_size,
-        draft_width=drafter.width,
+        draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    info = _engine_info(config, str(resolved.path), model, store, scheduler)
+    info = replace(_engine_info(config, path, model, store, scheduler, plan), warnings=warnings)
     runner = Runner(model, store, drafter.taps)
-    return Engine(info, scheduler, drafter, KeepAll(), Batcher(config.cache.page_size, device), runner)
+    budget = _budget(config.speculation.budget)
+    return Engine(info, scheduler, drafter, budget, Batcher(page_size, model.device), runner)
 
 
-def _engine_info(config: Config, path: str, model: TargetModel, store: KVStore, scheduler: Scheduler) -> EngineInfo:
+def _tested(
+    config: Config, path: str, model: TargetModel, plan: DrafterPlan, max_model_len: int
+) -> tuple[DrafterPlan, tuple[str, ...]]:
+    """The plan to serve with, and what to warn of, after a self-test on a small pool of its own."""
+    assert config.speculation.head is not None
+    num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
+    engine = _assemble(config, path, model, plan, max_model_len, num_pages)
+    result = run_self_test(engine, resolve(config.speculation.head).path)
+    insisted = config.speculation.budget.startswith("fixed:")
+    warnings = result.warnings(config.speculation.head, insisted)
+    for sentence in warnings:
+        logger.warning(sentence)
+    return (DRAFTERS["none"](config.speculation, model) if result.worthless and not insisted else plan), warnings
+
+
+def plan_drafter(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
+    """The drafter that the options ask for; raises ValueError or HeadError with one sentence when they contradict."""
+    if config.budget == "off":
+        return DRAFTERS["none"](config, target)
+    method = config.method or ("ngram" if config.head is None else None)
+    heads = ("dspark", "dflash", "eagle3", "portfolio")
+    if method in heads and config.head is None:
+        raise ValueError(f"method {method} needs a draft head: name its directory or hub id with --head")
+    if method is not None and method not in heads and config.head is not None:
+        raise ValueError(f"method {method} does not use the head {config.head}; leave out one of the two")
+    plan = DRAFTERS[method or "dspark"](config, target)  # without a method the head's own kind decides
+    if method not in (None, plan.name):
+        raise ValueError(f"method {method} was asked for, but the head {config.head} is of the kind {plan.name}")
+    return plan
+
+
+def _plan_ngram(config: SpeculationConfig) -> DrafterPlan:
+    width = _NGRAM_DRAFTS if config.num_speculative_tokens is None else config.num_speculative_tokens
+    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
+    return DrafterPlan("ngram", lambda store, first: NgramDrafter(width, shortest, longest))
+
+
+def _plan_head(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
+    assert config.head is not None
+    return plan_head(resolve(config.head).path, target, config.verify_mode, config.num_speculative_tokens)
+
+
+def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
+    head = _plan_head(config, target)
+    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
+
+    def make(store: KVStore, first_layer: int) -> PortfolioDrafter:
+        drafter = head.make(store, first_layer)
+        return PortfolioDrafter(NgramDrafter(drafter.width, shortest, longest), drafter, head.name, store.page_size)
+
+    return replace(head, name="portfolio", make=make)
+
+
+def _draft_width(budget: str, width: int) -> int:
+    """Drafts a row may carry: no slots are set aside for drafts that would never be verified."""
+    return min(width, int(budget.removeprefix("fixed:"))) if budget.startswith("fixed:") else width
+
+
+def _budget(budget: str) -> Budget:
+    return FixedBudget(int(budget.removeprefix("fixed:"))) if budget.startswith("fixed:") else KeepAll()
+
+
+def _engine_info(
+    config: Config, path: str, model: TargetModel, store: KVStore, scheduler: Scheduler, plan: DrafterPlan
+) -> EngineInfo:
     page_bytes = KVStore.bytes_per_page(store.layers, store.page_size, model.info.dtype)
+    draft_page_bytes = KVStore.bytes_per_page(plan.kv_layers, store.page_size, model.info.dtype)
     return EngineInfo(
         model=config.model.model,
         model_dir=path,
@@ -86,11 +179,16 @@ def _engine_info(config: Config, path: str, model: TargetModel, store: KVStore, 
         kv_bytes=store.num_pages * page_bytes,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        drafter=config.speculation.method,
+        drafter=plan.name,
         num_speculative_tokens=scheduler.draft_width,
         verify_mode=config.speculation.verify_mode,
         row_invariant=row_variance(model, store.page_size) is None,
         eos_token_ids=generation_defaults(Path(path)).eos_token_ids,
+        budget=config.speculation.budget,
+        head=config.speculation.head if plan.num_bytes else None,
+        head_bytes=plan.num_bytes,
+        separate_draft_bytes=plan.separate_bytes,
+        draft_kv_bytes=store.num_pages * draft_page_bytes,
     )
 
 
@@ -111,13 +209,13 @@ def _max_model_len(wanted: int | None, info: ModelInfo) -> int:
     return wanted or info.max_model_len
 
 
-def _num_pages(config: Config, model: TargetModel, max_model_len: int) -> int:
+def _num_pages(config: Config, model: TargetModel, layers: Sequence[LayerGeometry], max_model_len: int) -> int:
     """Pages the memory budget allows, never more than all sequences at full length use. Page 0 comes on top.
 
     A pool smaller than one full sequence is legal: requests that cannot fit are refused with the numbers.
     """
     size = config.cache.page_size
-    page_bytes = KVStore.bytes_per_page(model.info.kv_layers, size, model.info.dtype)
+    page_bytes = KVStore.bytes_per_page(layers, size, model.info.dtype)
     one_sequence = -(-max_model_len // size)
     if config.cache.kv_cache_gib is not None:
         pages = int(config.cache.kv_cache_gib * _GIB / page_bytes)

@@ -55,7 +55,7 @@ class Engine:
         clock.lap("forward")
         verdict = verify(out.logits, batch, self.info.verify_mode)
         self.drafter.observe(batch, out.taps, verdict)
-        results = _results(plan, proposal, batch, verdict, out.logits)
+        results = _results(plan, proposal, batch, verdict, out.logits, self.info.drafter)
         clock.lap("verify")
         report = self.scheduler.commit(plan, results)
         for delta in report.deltas:
@@ -105,14 +105,18 @@ class _Clock:
         self._last = now
 
 
-def _results(plan: Plan, proposal: Proposal, batch: StepBatch, verdict: Verdict, logits: Tensor) -> list[RowResult]:
+def _results(
+    plan: Plan, proposal: Proposal, batch: StepBatch, verdict: Verdict, logits: Tensor, drafter: str
+) -> list[RowResult]:
     """The verdict on the host, with draft counts, and logprobs where a request asked for them."""
     results = verdict.to_host()
-    drafted = iter(proposal.n_draft)
+    names = proposal.drafters or (drafter,) * len(proposal.n_draft)
+    drafted = iter(zip(proposal.n_draft, names, strict=True))
     for index, (row, result) in enumerate(zip(plan.rows, results, strict=True)):
         if row.max_drafts > 0:
             kept = batch.sample_lens[index] - 1
-            results[index] = replace(result, n_draft=next(drafted), n_kept=kept)
+            n_draft, name = next(drafted)
+            results[index] = replace(result, n_draft=n_draft, n_kept=kept, drafter=name)
     if any(n is not None for n in batch.logprobs):
         _add_logprobs(results, batch, logits)
     if batch.score_index is not None:

@@ -234,8 +234,8 @@ class Scheduler:
             request = row.request
             if row.samples:
                 accepted = len(result.tokens) - 1
-                request.stats.record(result.n_draft, result.n_kept, accepted)
-                reports.append(RowReport(result.n_draft, result.n_kept, accepted))
+                request.stats.record(result.n_draft, result.n_kept, accepted, result.drafter)
+                reports.append(RowReport(result.n_draft, result.n_kept, accepted, result.drafter))
             delta = self._commit_row(row, result)
             if delta is not None:
                 deltas.append(delta)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.tensors import StepBatch, TargetOutput
@@ -40,4 +41,12 @@ class TargetModel(Protocol):
         own context, found through page_table[r]. Runs under inference mode. Row invariance on CPU in float32: a
         token's outputs are bitwise independent of how tokens are split into steps and of the other rows.
         """
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What the first layer gets for tokens, scaling included: [n] int64 -> [n, hidden] of the model's dtype."""
+        ...
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """The LM head alone, neither the norm before it nor any cap behind it: [n, hidden] -> [n, vocab] float32."""
         ...

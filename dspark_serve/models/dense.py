@@ -244,12 +244,13 @@ class DenseModel:
         config: DenseConfig,
         layers: Sequence[_Layer],
         embed: Tensor,  # [vocab, hidden]
-        head: Linear,  # norm, then hidden -> vocab
+        norm: RMSNorm,
+        head: Linear,  # hidden -> vocab
         ops: Operations,
     ) -> None:
         self.config = config
         self._layers = tuple(layers)
-        self._embed, self._head, self._kernels = embed, head, ops.kernels
+        self._embed, self._norm, self._head, self._kernels = embed, norm, head, ops.kernels
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
             architecture=config.architecture,
@@ -287,8 +288,8 @@ class DenseModel:
             layers = [_make_layer(parsed, loading, ops, layer) for layer in range(parsed.num_layers)]
             embed = loading.tensor("embed")
             norm = RMSNorm(loading.tensor("norm"), parsed.norm_eps)
-            head = ops.linear(embed if parsed.tied else loading.tensor("head"), norm=norm)
-            return DenseModel(parsed, layers, embed, head, ops)
+            head = ops.linear(embed if parsed.tied else loading.tensor("head"))
+            return DenseModel(parsed, layers, embed, norm, head, ops)
 
     @property
     def info(self) -> ModelInfo:
@@ -321,10 +322,16 @@ class DenseModel:
         logits = self._logits(hidden.index_select(0, wanted))
         return TargetOutput(logits, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None)
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self._embed.index_select(0, token_ids)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden).float()
+
     def _logits(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self._head(hidden).float()
+        return self.lm_head(self._norm(hidden))
 
 
 class _Attention:

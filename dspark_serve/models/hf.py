@@ -187,6 +187,16 @@ class HFModel:
         logits = out.logits[0] if self._keeps_logits else out.logits[0, rows]
         return TargetOutput(logits[: wanted.shape[0]].float(), tapped)
 
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        out: Tensor = self._module.get_input_embeddings()(token_ids)
+        return out
+
+    @torch.inference_mode()
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self._module.get_output_embeddings()(hidden)
+        return out.float()
+
     @contextmanager
     def _tapping(self, taps: Sequence[int], num_tokens: int) -> Iterator[Tensor | None]:
         """Yields a buffer [num_tokens, len(taps) * hidden] that the forward run meanwhile fills; None without taps."""

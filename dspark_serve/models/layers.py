@@ -25,7 +25,7 @@ _MIN_PLAIN_ROWS = 4  # likewise for F.linear in float32 on CPU
 _GRAIN = 32768  # elements below which torch runs an elementwise operation on one thread (at::internal::GRAIN_SIZE)
 _VECTOR_STEP = 32  # elements torch handles per vector step at most; what remains goes through scalar code
 _ROPE_BLOCK = 1024  # positions computed at once
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 class Linear(Protocol):
@@ -259,11 +259,15 @@ def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positions
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope type {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    if float(parameters.get("partial_rotary_factor") or 1.0) != 1.0:
+    partial = float(parameters.get("partial_rotary_factor") or 1.0)
+    if partial != 1.0 and kind != "proportional":
         raise ValueError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
     base = float(parameters["rope_theta"])
     plain = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if kind == "default":
+        return plain, 1.0
+    if kind == "proportional":  # Gemma 4: only the first pairs turn, at the speeds they have in a whole head
+        plain[int(partial * head_dim) // 2 :] = 0.0
         return plain, 1.0
     original = parameters.get("original_max_position_embeddings") or max_positions
     factor = parameters.get("factor")

@@ -80,7 +80,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
         tokenizer = service.need_tokenizer("chat needs one; send token ids to /v1/completions")
         prompt = await service.encode_chat(body)
         answer = await service.start(body, [prompt])
-        return answer, ChatRenderer(body, answer.choices, answer.n, service.model_name, tokenizer)
+        return answer, ChatRenderer(body, answer.choices, answer.n, service.model_name, tokenizer, service.report)
 
     return await _generate(request, bool(body.stream), prepare)
 
@@ -97,7 +97,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         answer = await service.start(body, token_ids)
         echoes = [service.echo(prompt) if body.echo else "" for prompt in prompts for _ in range(answer.n)]
         name, tokenizer = service.model_name, service.tokenizer
-        return answer, TextRenderer(body, answer.choices, answer.n, name, tokenizer, echoes)
+        return answer, TextRenderer(body, answer.choices, answer.n, name, tokenizer, echoes, service.report)
 
     return await _generate(request, bool(body.stream), prepare)
 

@@ -261,6 +261,12 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class DrafterShare(BaseModel):
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+
+
 class SpeculativeDecoding(BaseModel):
     """vLLM's report of what speculation did, plus ours: how many drafts the budget sent to verification."""
 
@@ -271,10 +277,13 @@ class SpeculativeDecoding(BaseModel):
     num_accepted_draft_tokens: int
     num_draft_tokens: int
     num_kept_draft_tokens: int
+    by_drafter: dict[str, DrafterShare] | None = None
+    per_step_drafted: list[int] | None = None  # per speculative step: drafts verified; the choices one after the other
+    per_step_accepted: list[int] | None = None
 
     @staticmethod
-    def of(all_stats: list[SpeculationStats]) -> SpeculativeDecoding:
-        """One report over all choices of an answer."""
+    def of(all_stats: list[SpeculationStats], detailed: bool = False) -> SpeculativeDecoding:
+        """One report over all choices of an answer; what is not reported stays unset."""
         steps = sum(s.num_spec_steps for s in all_stats)
         accepted = sum(s.num_accepted_tokens for s in all_stats)
         drafted = sum(s.num_draft_tokens for s in all_stats)
@@ -283,7 +292,21 @@ class SpeculativeDecoding(BaseModel):
             for number, count in enumerate(stats.histogram):
                 if count:
                     histogram[str(number)] = histogram.get(str(number), 0) + count
+        shares: dict[str, DrafterShare] = {}
+        for stats in all_stats:
+            for name, share in stats.by_drafter.items():
+                before = shares.get(name, DrafterShare())
+                shares[name] = DrafterShare(
+                    num_spec_steps=before.num_spec_steps + share.num_spec_steps,
+                    num_draft_tokens=before.num_draft_tokens + share.num_draft_tokens,
+                    num_accepted_draft_tokens=before.num_accepted_draft_tokens + share.num_accepted_tokens,
+                )
+        extra: dict[str, Any] = {"by_drafter": shares} if shares else {}
+        if detailed:
+            extra["per_step_drafted"] = [n for s in all_stats for n in s.per_step_drafted]
+            extra["per_step_accepted"] = [n for s in all_stats for n in s.per_step_accepted]
         return SpeculativeDecoding(
+            **extra,
             mean_acceptance_length=1 + accepted / steps if steps else 1.0,
             draft_acceptance_rate=accepted / drafted if drafted else 0.0,
             acceptance_histogram=dict(sorted(histogram.items(), key=lambda item: int(item[0]))),

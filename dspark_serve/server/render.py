@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessage
@@ -35,6 +35,9 @@ from dspark_serve.types import TokenLogprobs
 _LEAST = -9999.0  # what OpenAI writes for a logprob that JSON cannot carry
 
 
+Report = Literal["none", "summary", "detailed"]  # how much of speculation an answer tells
+
+
 class Renderer(Protocol):
     """How one kind of answer is written."""
 
@@ -55,8 +58,9 @@ class _Base:
     """What both kinds share: the envelope, usage, speculation report."""
 
     def __init__(
-        self, kind: str, stem: str, body: GenerationBody, choices: Sequence[Choice], n: int, model: str
+        self, kind: str, stem: str, body: GenerationBody, choices: Sequence[Choice], n: int, model: str, report: Report
     ) -> None:
+        self.report = report
         self.body, self.choices, self.n, self.model = body, choices, n, model
         self.created = int(time.time())
         self.id = f"{stem}-{uuid.uuid4().hex}"
@@ -79,9 +83,13 @@ class _Base:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c.num_cached for c in first_of_prompt)),
         )
 
-    def metrics(self) -> RequestMetrics:
+    def metrics(self) -> dict[str, Any]:
+        """The field `metrics`, or nothing where no report is wanted."""
+        if self.report == "none":
+            return {}
         stats = [choice.request.stats for choice in self.choices]
-        return RequestMetrics(speculative_decoding=SpeculativeDecoding.of(stats))
+        report = SpeculativeDecoding.of(stats, detailed=self.report == "detailed")
+        return {"metrics": RequestMetrics(speculative_decoding=report)}
 
     def dump(self, choices: list[dict[str, Any]], extra: dict[str, Any] | None = None, last: bool = False) -> str:
         """A chunk. `last`: nothing follows it, so that it carries the speculation report."""
@@ -90,7 +98,7 @@ class _Base:
             shown = self.usage_always or not choices
             chunk["usage"] = self.usage().model_dump(exclude_unset=True) if shown else None
         if last:
-            chunk["metrics"] = self.metrics().model_dump()
+            chunk |= {name: value.model_dump(exclude_unset=True) for name, value in self.metrics().items()}
         return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
 
     def last_chunk(self) -> str | None:
@@ -109,10 +117,17 @@ class _Base:
 
 
 class ChatRenderer(_Base):
-    def __init__(self, body: ChatBody, choices: Sequence[Choice], n: int, model: str, tokenizer: Tokenizer) -> None:
-        super().__init__(
-            "chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl", body, choices, n, model
-        )
+    def __init__(
+        self,
+        body: ChatBody,
+        choices: Sequence[Choice],
+        n: int,
+        model: str,
+        tokenizer: Tokenizer,
+        report: Report = "summary",
+    ) -> None:
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        super().__init__(kind, "chatcmpl", body, choices, n, model, report)
         self.tokenizer = tokenizer
 
     def chunks(self, index: int, piece: Piece) -> Iterator[str]:
@@ -149,7 +164,7 @@ class ChatRenderer(_Base):
                     **fields,
                 )
             )
-        answer = ChatResponse(**self.envelope, choices=choices, usage=self.usage(), metrics=self.metrics())
+        answer = ChatResponse(**self.envelope, choices=choices, usage=self.usage(), **self.metrics())
         if self.body.return_token_ids:
             answer.prompt_token_ids = list(self.choices[0].request.prompt_token_ids)
         return answer.model_dump_json(exclude_unset=True)
@@ -180,8 +195,9 @@ class TextRenderer(_Base):
         model: str,
         tokenizer: Tokenizer | None,
         echoes: Sequence[str],
+        report: Report = "summary",
     ) -> None:
-        super().__init__("text_completion", "cmpl", body, choices, n, model)
+        super().__init__("text_completion", "cmpl", body, choices, n, model, report)
         self.tokenizer = tokenizer
         self.echoes = echoes
         self.echo = bool(body.echo)
@@ -227,7 +243,7 @@ class TextRenderer(_Base):
                     **fields,
                 )
             )
-        answer = CompletionResponse(**self.envelope, choices=choices, usage=self.usage(), metrics=self.metrics())
+        answer = CompletionResponse(**self.envelope, choices=choices, usage=self.usage(), **self.metrics())
         return answer.model_dump_json(exclude_unset=True)
 
     def _prompt_entries(self, choice: Choice) -> list[TokenLogprobs | None]:

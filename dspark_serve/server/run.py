@@ -130,6 +130,9 @@ def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> l
     """What a ready server says: K/V pool, speculation, exactness, the URL, and a request to paste."""
     lengths = info.pool_tokens / info.max_model_len
     drafts = "off" if info.drafter == "none" else f"{info.drafter}, up to {info.num_speculative_tokens} drafts per step"
+    if info.head is not None:
+        mib, separate = info.head_bytes / 2**20, info.separate_draft_bytes / 2**20
+        drafts += f"; head {info.head}: {mib:.1f} MiB, a separate model of equal depth {separate:.1f} MiB"
     if info.row_invariant:
         exact = "bitwise: arithmetic is row-invariant, the same seed gives the same text in any batch, drafts or not"
     else:
@@ -147,6 +150,7 @@ def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> l
         f"K/V pool     {info.pool_tokens:,} tokens ({info.kv_bytes / 2**20:,.0f} MiB), "
         f"{lengths:.1f} requests at the full length of {info.max_model_len:,}",
         f"speculation  {drafts} ({info.verify_mode})",
+        *(f"warning      {sentence}" for sentence in info.warnings),
         f"exactness    {exact}",
         f"ready        {url}/v1",
         f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 from anyio import to_thread
 
@@ -56,6 +57,11 @@ class Service:
         if self.engine.info is None:
             raise EngineBusy("the model is still loading")
         return self.engine.info
+
+    @property
+    def report(self) -> Literal["none", "summary", "detailed"]:
+        """How much an answer tells of speculation."""
+        return self.config.speculation.per_request_spec_decode_metrics
 
     @property
     def can_chat(self) -> bool:

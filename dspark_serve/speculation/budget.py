@@ -1,6 +1,6 @@
 """How many drafts of each row deserve verification this step. Host side; must not know: torch operations, drafters.
 
-One policy so far: verify everything drafted. It looks at counts only, so it is causal and legal in every mode.
+Both policies look at counts only, so they are causal and legal in every mode.
 """
 
 from __future__ import annotations
@@ -23,3 +23,13 @@ class KeepAll:
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
         return proposal.n_draft
+
+
+class FixedBudget:
+    """Verify the first `count` drafts of every row, or as many as it has."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
+        return [min(n, self.count) for n in proposal.n_draft]

@@ -1,0 +1,157 @@
+"""DSpark: a block of drafts from one pass over the target's hidden states, then a sequential Markov bias. DFlash too.
+
+A DFlash head is one without Markov and confidence parts. Context K/V are extra layers of the paged store, written for
+every committed token, so that nothing is ever replayed. Must not know: verification, budget, scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.head_layers import Context, HeadLayer
+from dspark_serve.drafters.head_weights import (
+    Embed,
+    HeadWeights,
+    LMHead,
+    load_draft_vocab,
+    shared_embedding,
+    shared_lm_head,
+)
+from dspark_serve.drafters.markov import ConfidenceHead, MarkovHead
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
+from dspark_serve.models.base import TargetModel
+from dspark_serve.models.layers import Linear, RMSNorm, Rotary
+from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.types import Row, VerifyMode
+
+
+@dataclass(frozen=True)
+class DSparkHead:
+    """The network, without any state. Make one with `from_weights`."""
+
+    config: HeadConfig
+    embed: Embed
+    lm_head: LMHead
+    fc: Linear  # len(taps) * hidden -> hidden
+    hidden_norm: RMSNorm
+    layers: tuple[HeadLayer, ...]
+    norm: RMSNorm
+    rotary: Rotary
+    markov: MarkovHead | None
+    confidence: ConfidenceHead | None
+    draft_vocab: Tensor | None  # [n] int64, ascending
+
+    @staticmethod
+    def from_weights(config: HeadConfig, weights: HeadWeights, target: TargetModel) -> DSparkHead:
+        """Raises HeadError naming tensors that are missing, misshapen, unexpected or not finite."""
+        c, hidden = config, config.hidden_size
+        draft_vocab = load_draft_vocab(c, weights)
+        embed = shared_embedding(c, weights, target)
+        lm_head = shared_lm_head(c, weights, target, draft_vocab)
+        head = DSparkHead(
+            config=c,
+            embed=embed,
+            lm_head=lm_head,
+            fc=weights.linear({"fc": hidden}, len(c.taps) * hidden),
+            hidden_norm=weights.norm("hidden_norm.weight", hidden, c.norm_eps),
+            layers=tuple(HeadLayer.load(c, weights, layer, hidden) for layer in range(c.num_layers)),
+            norm=weights.norm("norm.weight", hidden, c.norm_eps),
+            rotary=Rotary(c.rope, c.head_dim, c.max_positions, target.info.dtype, target.device),
+            markov=MarkovHead(c, weights) if c.markov_rank else None,
+            confidence=ConfidenceHead(c, weights) if c.confidence else None,
+            draft_vocab=draft_vocab,
+        )
+        weights.check_empty()
+        return head
+
+    @property
+    def kv_layers(self) -> tuple[LayerGeometry, ...]:
+        return (LayerGeometry(self.config.kv_heads, self.config.head_dim),) * self.config.num_layers
+
+    def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore, first_layer: int) -> None:
+        """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions and slots [n] int64.
+
+        The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
+        """
+        context = self.hidden_norm(self.fc(taps))  # [n, hidden]
+        cos, sin = self.rotary.at(positions, int(positions.max()) + 1)
+        for index, layer in enumerate(self.layers):
+            k, v = layer.keys_values(context)
+            dtype = store.keys[first_layer + index].dtype
+            store.write(first_layer + index, slots, self.rotary.apply(k, cos, sin).to(dtype), v.to(dtype))
+
+    def block(self, rows: DraftRows, store: KVStore, first_layer: int) -> Tensor:
+        """Hidden states after the final norm of the whole block [rows, block_size, hidden].
+
+        Slots are [anchor, mask, mask, ...]; slot k predicts the token at position start + 1 + k.
+        """
+        c, count = self.config, rows.anchors.shape[0]
+        assert c.mask_token_id is not None
+        ids = torch.full((count, c.block_size), c.mask_token_id, device=rows.anchors.device)
+        ids[:, 0] = rows.anchors
+        positions = rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)
+        cos, sin = self.rotary.at(positions.flatten(), rows.longest + c.block_size)
+        visible = torch.arange(rows.slots.shape[1], device=ids.device) < rows.start.unsqueeze(1)
+        context = Context.build(rows.slots, visible, c.kv_heads)
+        hidden = self.embed(ids.flatten())  # [rows * block, hidden]
+        for index, layer in enumerate(self.layers):
+            x = layer.input_norm(hidden)
+            q, (k, v) = self.rotary.apply(layer.queries(x), cos, sin), layer.keys_values(x)
+            k = self.rotary.apply(k, cos, sin)
+            q, k, v = (t.view(count, c.block_size, -1, c.head_dim) for t in (q, k, v))
+            hidden = layer.finish(hidden, layer.attend(q, k, v, context, store, first_layer + index))
+        return self.norm(hidden).view(count, c.block_size, -1)
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """Logits before the Markov bias, capped where the family caps them: [.., hidden] -> [.., drafted tokens]."""
+        logits = self.lm_head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class DSparkDrafter:
+    """Drafts with a DSpark or DFlash head; its K/V are the store's layers from `first_layer` on."""
+
+    def __init__(self, head: DSparkHead, store: KVStore, first_layer: int, mode: VerifyMode, width: int) -> None:
+        self.taps, self.width = head.config.taps, min(width, head.config.block_size)
+        self._head, self._store, self._first_layer = head, store, first_layer
+        self._drawer = Drawer(mode, head.config.vocab_size, head.draft_vocab)
+
+    @torch.inference_mode()
+    def propose(self, rows: Sequence[Row]) -> Proposal:
+        head, store = self._head, self._store
+        batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
+        width = max(batch.counts)
+        # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
+        hidden = head.block(batch, store, self._first_layer)[:, :width].contiguous()
+        base = head.base_logits(hidden)  # [rows, width, drafted tokens]
+        drafts, confidence = Drafts(batch.counts), []
+        previous, state, embedded = batch.anchors, None, None
+        for slot in range(width):
+            logits = base[:, slot]
+            if head.markov is not None:
+                state = head.markov.first_state(len(rows)) if state is None else state
+                embedded = head.markov.embed(previous)
+                bias, state = head.markov.step(embedded, hidden[:, slot], state)
+                logits = bias.add_(logits)
+            if head.confidence is not None:
+                confidence.append(head.confidence.logits(hidden[:, slot], embedded))
+            previous, probs = self._drawer.draw(logits, batch.sampling, slot)
+            drafts.add(previous, probs)
+        return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
+
+    @torch.inference_mode()
+    def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
+        assert taps is not None
+        index = committed(batch, verdict)
+        where = batch.positions[index], batch.slots[index]
+        self._head.write_context(taps[index], *where, self._store, self._first_layer)
+
+    def release(self, request_id: str) -> None:
+        """Nothing is kept per request: what the head knows of it lies in its pages."""

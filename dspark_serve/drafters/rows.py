@@ -1,0 +1,134 @@
+"""Rows of a plan as tensors for a neural drafter, and its tokens as a Proposal: drawing with the target's own noise.
+
+In coupled mode a draft is drawn exactly as the target draws: same temperature and filters, same noise at the same
+address; penalties and logit_bias are left out. Must not know: networks, verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_kernels import noise
+from dspark_serve.sampling import argmax, draw, draw_target, target_probs, target_support
+from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
+from dspark_serve.types import Row, VerifyMode
+
+_KEY_MULTIPLE = 32  # context is padded to this: fewer shapes, and the same bits for neighbouring lengths
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """Decode rows that want drafts. Positions 0..start-1 have draft K/V in the store, `start` is the anchor's."""
+
+    anchors: Tensor  # [rows] int64
+    start: Tensor  # [rows] int64
+    slots: Tensor  # [rows, keys] int64: slot of each context position, padded with 0
+    counts: tuple[int, ...]  # [rows] drafts wanted
+    longest: int  # context of the longest row
+    sampling: SamplingBatch  # one sample per row, at the position of the first draft
+
+    @staticmethod
+    def build(rows: Sequence[Row], page_size: int, width: int, device: torch.device | str) -> DraftRows:
+        start = np.array([row.start for row in rows], dtype=np.int64)
+        longest = int(start.max())
+        keys = -(-longest // _KEY_MULTIPLE) * _KEY_MULTIPLE
+        slots = np.zeros((len(rows), keys), dtype=np.int64)
+        position = np.arange(longest)
+        for line, row in zip(slots, rows, strict=True):
+            seen = position[: row.start]
+            line[: row.start] = np.array(row.request.pages)[seen // page_size] * page_size + seen % page_size
+        params = [row.request.params for row in rows]
+
+        def move(values: object, dtype: type) -> Tensor:
+            return torch.from_numpy(np.array(values, dtype=dtype)).to(device)
+
+        return DraftRows(
+            anchors=move([row.request.token_ids[row.start] for row in rows], np.int64),
+            start=move(start, np.int64),
+            slots=move(slots, np.int64),
+            counts=tuple(min(width, row.max_drafts) for row in rows),
+            longest=longest,
+            sampling=SamplingBatch(
+                temperature=move([p.temperature for p in params], np.float32),
+                top_k=move([max(p.top_k, 0) for p in params], np.int64),
+                top_p=move([p.top_p for p in params], np.float32),
+                min_p=move([p.min_p for p in params], np.float32),
+                seed=move([_signed(row.request.seed) for row in rows], np.int64),
+                position=move(start + 1, np.int64),
+                all_greedy=all(p.greedy for p in params),
+                any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """How a drafter turns logits into tokens. `draft_vocab` [n] holds the target ids of the logits' columns, if few."""
+
+    mode: VerifyMode
+    vocab_size: int
+    draft_vocab: Tensor | None = None
+
+    def draw(self, logits: Tensor, sampling: SamplingBatch, slot: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens [rows] for the slot-th draft and, in rejection mode, what they were drawn from [rows, vocab].
+
+        logits: [rows, drafted tokens] float32. Greedy drafts of a whole batch are certain: no probabilities then.
+        """
+        if sampling.all_greedy:
+            token = argmax(logits)
+            return (token if self.draft_vocab is None else self.draft_vocab[token]), None
+        if self.draft_vocab is not None:
+            whole = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
+            logits = whole.index_copy_(1, self.draft_vocab, logits)
+        sampling = replace(sampling, position=sampling.position + slot)
+        if self.mode == "coupled":
+            return draw_target(logits, sampling), None
+        support = target_support(logits, sampling)
+        token = draw(support, sampling.seed, sampling.position, noise.DRAFT)
+        probs = torch.zeros_like(logits).scatter_add_(1, support.ids, target_probs(support))
+        return token, probs
+
+
+@dataclass
+class Drafts:
+    """Drafts as they are drawn, slot by slot, for all rows."""
+
+    counts: tuple[int, ...]  # [rows] drafts wanted; 0 where a row cannot have any
+    tokens: list[Tensor] = field(default_factory=list)  # each [rows]
+    probs: list[Tensor] = field(default_factory=list)  # each [rows, vocab], in rejection mode
+
+    def add(self, token: Tensor, probs: Tensor | None) -> None:
+        self.tokens.append(token)
+        if probs is not None:
+            self.probs.append(probs)
+
+    def proposal(self, confidence: Tensor | None = None) -> Proposal:
+        """The proposal, rows cut to what they wanted."""
+        tokens = torch.stack(self.tokens, dim=1)  # [rows, width]
+        limit = torch.tensor(self.counts, device=tokens.device).unsqueeze(1)
+        beyond = torch.arange(tokens.shape[1], device=tokens.device) >= limit
+        probs = torch.stack(self.probs, dim=1) if self.probs else None
+        return Proposal(tokens.masked_fill_(beyond, -1), self.counts, probs, confidence)
+
+
+def committed(batch: StepBatch, verdict: Verdict) -> Tensor:
+    """Indices of the batch's tokens that stay: all but rejected drafts, [tokens that stay] int64."""
+    device, total = batch.token_ids.device, batch.token_ids.shape[0]
+    if not batch.drafts.shape[1]:
+        return torch.arange(total, device=device)
+    lens = torch.tensor(batch.query_lens, device=device)  # [rows]
+    kept = torch.tensor([max(n - 1, 0) for n in batch.sample_lens], device=device)
+    first = lens.cumsum(0) - lens
+    stay = first + lens - kept + verdict.n_accepted  # [rows] index after the row's last token that stays
+    return (torch.arange(total, device=device) < stay.repeat_interleave(lens)).nonzero().squeeze(1)
+
+
+def _signed(seed: int) -> int:
+    """The 64-bit seed as the int64 with the same bits."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
