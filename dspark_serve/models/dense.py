@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
-from dspark_serve.models.layers import Linear, Operations, ResidualLinear, RMSNorm, Rotary, operations
+from dspark_serve.models.layers import Finish, Linear, Operations, RMSNorm, Rotary, operations
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -230,9 +230,7 @@ def _listed(names: Sequence[str], shown: int = 8) -> str:
 class _Layer:
     qkv: Linear  # norm, then hidden -> (heads + 2 * kv_heads) * head_dim
     qk_norm: RMSNorm | None  # over head_dim, with a weight for each head: queries, then keys
-    out: ResidualLinear  # heads * head_dim -> hidden
-    gate_up: Linear  # norm, then hidden -> intermediate through SwiGLU
-    down: ResidualLinear  # intermediate -> hidden
+    finish: Finish  # out-projection and MLP: (heads * head_dim, hidden) -> hidden
     window: int | None
 
 
@@ -312,8 +310,7 @@ class DenseModel:
         tapped = {-1: hidden}
         attention = _Attention(self.config, self._rotary, batch, meta, store)
         for index, layer in enumerate(self._layers):
-            hidden = layer.out(attention(layer, index, layer.qkv(hidden)), hidden)
-            hidden = layer.down(layer.gate_up(hidden), hidden)
+            hidden = layer.finish(attention(layer, index, layer.qkv(hidden)), hidden)
             if index in taps:
                 tapped[index] = hidden
         wanted = batch.sample_index
@@ -384,8 +381,11 @@ def _make_layer(config: DenseConfig, loading: _Loading, ops: Operations, layer: 
     return _Layer(
         qkv=ops.linear(*loading.linear(f"{layer}.qkv"), norm=norm("attention_norm")),
         qk_norm=qk_norm,
-        out=ops.residual(*loading.linear(f"{layer}.out")),
-        gate_up=ops.gated(*loading.linear(f"{layer}.gate_up"), norm=norm("mlp_norm")),
-        down=ops.residual(*loading.linear(f"{layer}.down")),
+        finish=ops.finish(
+            loading.linear(f"{layer}.out"),
+            norm("mlp_norm"),
+            loading.linear(f"{layer}.gate_up"),
+            loading.linear(f"{layer}.down"),
+        ),
         window=config.windows[layer],
     )

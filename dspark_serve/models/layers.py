@@ -34,10 +34,13 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class ResidualLinear(Protocol):
-    """residual + x W^T + b; x [rows, in_features], residual and result [rows, out_features]."""
+class Finish(Protocol):
+    """What follows attention in a decoder layer: attended [rows, width], hidden [rows, hidden] -> [rows, hidden]."""
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor: ...
+    def __call__(self, attended: Tensor, hidden: Tensor) -> Tensor: ...
+
+
+Affine = tuple[Tensor, Tensor | None]  # weight [out_features, in_features] and bias
 
 
 class Operations(Protocol):
@@ -57,11 +60,9 @@ class Operations(Protocol):
         """x -> norm(x) W^T + b for weight [out_features, in_features], which the caller should drop."""
         ...
 
-    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
-        """x -> silu(gates) * ups of norm(x) W^T + b; the first half of the weight's rows are the gates."""
+    def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> Finish:
+        """h = hidden + out(attended); h + down(silu(gates) * ups of gate_up(norm(h))); gates come before ups."""
         ...
-
-    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear: ...
 
 
 def operations(dtype: torch.dtype, device: torch.device, kernels: str = "auto") -> Operations:
@@ -83,12 +84,19 @@ class NativeOperations:
     def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
         return self._product(native.PackedWeight(self.kernels, weight, bias, False), norm)
 
-    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
-        return self._product(native.PackedWeight(self.kernels, weight, bias, True), norm)
+    def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> Finish:
+        kernels = self.kernels
+        first, last = (native.PackedWeight(kernels, *affine, gated=False) for affine in (out, down))
+        gated = native.PackedWeight(kernels, *gate_up, gated=True)
+        if gated.inputs % kernels.lanes == 0:
+            weight, eps = norm.weight.contiguous(), norm.eps
+            return lambda x, hidden: kernels.finish_layer(x, hidden, first, weight, eps, gated, last)
 
-    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear:
-        packed = native.PackedWeight(self.kernels, weight, bias, False)
-        return lambda x, residual: self.kernels.product(x, packed, residual=residual)
+        def finish(attended: Tensor, hidden: Tensor) -> Tensor:  # the fused norm works in whole vectors
+            hidden = kernels.product(attended, first, residual=hidden)
+            return kernels.product(kernels.product(norm(hidden), gated), last, residual=hidden)
+
+        return finish
 
     def _product(self, packed: native.PackedWeight, norm: RMSNorm | None) -> Linear:
         kernels = self.kernels
@@ -112,13 +120,14 @@ class TorchOperations:
         linear = _plain_or_packed(weight, bias)
         return linear if norm is None else lambda x: linear(norm(x))
 
-    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
-        linear = _plain_or_packed(weight, bias)
-        return lambda x: swiglu(linear(norm(x)))
+    def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> Finish:
+        first, inner, last = (_plain_or_packed(*affine) for affine in (out, gate_up, down))
 
-    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear:
-        linear = _plain_or_packed(weight, bias)
-        return lambda x, residual: residual + linear(x)
+        def finish(attended: Tensor, hidden: Tensor) -> Tensor:
+            hidden = hidden + first(attended)
+            return hidden + last(swiglu(inner(norm(hidden))))
+
+        return finish
 
 
 class PackedLinear:

@@ -19,7 +19,7 @@ PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
 class _Product(ctypes.Structure):  # mirrors gemm.cpp
     _fields_ = (
         *((name, c_void_p) for name in ("x", "norm", "packed", "bias", "residual", "y", "scratch")),
-        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride", "epilogue", "threads")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride", "epilogue")),
         ("eps", c_float),
     )
 
@@ -47,7 +47,8 @@ class PackedWeight:
         self.gated = gated
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
         self.panels = torch.empty(kernels.library.dspark_packed_size(rows, self.inputs, gated))
-        kernels.library.dspark_pack(weight.data_ptr(), self.panels.data_ptr(), rows, self.inputs, gated)
+        self.panels_at, self.bias_at = self.panels.data_ptr(), _pointer(self.bias)
+        kernels.library.dspark_pack(weight.data_ptr(), self.panels_at, rows, self.inputs, gated)
 
 
 class Kernels:
@@ -59,8 +60,9 @@ class Kernels:
         library.dspark_packed_size.argtypes = (c_int64,) * 3
         library.dspark_packed_size.restype = c_int64
         library.dspark_pack.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
+        library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for function in (library.dspark_pack, library.dspark_product, library.dspark_attention, library.dspark_argmax):
+        for function in (library.dspark_pack, library.dspark_products, library.dspark_attention, library.dspark_argmax):
             function.restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
@@ -80,27 +82,56 @@ class Kernels:
             raise ValueError(f"x {list(x.shape)} does not fit a weight of {weight.inputs} inputs, or is not row-major")
         out = x.new_empty(rows, weight.outputs)
         scratch = None if norm is None else x.new_empty(rows, inputs)
-        self.library.dspark_product(
-            ctypes.byref(
-                _Product(
-                    x.data_ptr(),
-                    _pointer(norm),
-                    weight.panels.data_ptr(),
-                    _pointer(weight.bias),
-                    _pointer(residual),
-                    out.data_ptr(),
-                    _pointer(scratch),
-                    rows,
-                    inputs,
-                    weight.outputs,
-                    x.stride(0),
-                    SWIGLU if weight.gated else PLAIN if residual is None else RESIDUAL,
-                    torch.get_num_threads(),
-                    eps,
-                )
-            )
+        what = SWIGLU if weight.gated else PLAIN if residual is None else RESIDUAL
+        task = _Product(
+            x.data_ptr(),
+            _pointer(norm),
+            weight.panels_at,
+            weight.bias_at,
+            _pointer(residual),
+            out.data_ptr(),
+            _pointer(scratch),
+            rows,
+            inputs,
+            weight.outputs,
+            x.stride(0),
+            what,
+            eps,
         )
+        self.library.dspark_products(ctypes.byref(task), 1, torch.get_num_threads())
         return out
+
+    def finish_layer(
+        self,
+        attended: Tensor,  # [rows, out.inputs] contiguous
+        hidden: Tensor,  # [rows, hidden] contiguous
+        out: PackedWeight,
+        norm: Tensor,  # [hidden], which must fill vectors
+        eps: float,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+    ) -> Tensor:
+        """What follows attention in a decoder layer, in one call: out-projection, residual, norm, SwiGLU MLP, residual.
+
+        Returns [rows, hidden]; the bits are those of three separate products.
+        """
+        rows, width = hidden.shape
+        inner = gate_up.outputs
+        result = hidden.new_empty(rows, width)
+        scratch = hidden.new_empty(rows * (2 * width + inner))  # after attention; normed; between the MLP's products
+        middle = scratch.data_ptr()
+        normed, between = middle + rows * width * 4, middle + rows * width * 8
+        # Fields in _Product's order: pointers first, then sizes.
+        first = (attended.data_ptr(), None, out.panels_at, out.bias_at, hidden.data_ptr(), middle, None)
+        second = (middle, norm.data_ptr(), gate_up.panels_at, gate_up.bias_at, None, between, normed)
+        third = (between, None, down.panels_at, down.bias_at, middle, result.data_ptr(), None)
+        tasks = (_Product * 3)(
+            _Product(*first, rows, out.inputs, width, out.inputs, RESIDUAL, 0.0),
+            _Product(*second, rows, width, inner, width, SWIGLU, eps),
+            _Product(*third, rows, inner, width, inner, RESIDUAL, 0.0),
+        )
+        self.library.dspark_products(tasks, 3, torch.get_num_threads())
+        return result
 
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest entry per row, the lowest on ties, the first NaN if any; x [rows, width] float32."""

@@ -162,3 +162,13 @@ def test_without_built_kernels_there_are_none(monkeypatch: pytest.MonkeyPatch, t
         assert native.load() is None
     finally:
         native.load.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 14])
+def test_the_end_of_a_layer_has_the_bits_of_its_parts(kernels: Kernels, rows: int) -> None:
+    attended, hidden, norm = randoms((rows, 48), (rows, 96), (96,))
+    shapes = [((96, 48), False), ((2 * 80, 96), True), ((96, 80), False)]
+    out, gate_up, down = (PackedWeight(kernels, *randoms(s, s[:1]), gated) for s, gated in shapes)
+    got = kernels.finish_layer(attended, hidden, out, norm, 1e-5, gate_up, down)
+    middle = kernels.product(attended, out, residual=hidden)
+    assert torch.equal(got, kernels.product(kernels.product(middle, gate_up, norm, 1e-5), down, residual=middle))

@@ -4,7 +4,6 @@
 // chain of fused multiply-adds over the inputs in order. Tiles, threads and the other rows cannot change it.
 #include "simd.h"
 
-#include <algorithm>
 #include <utility>
 
 using namespace dspark;
@@ -24,7 +23,7 @@ struct Product {  // mirrored by native.py
     float* y;               // [rows, outputs]
     float* scratch;         // [rows, inputs] if norm
     int64_t rows, inputs, outputs, x_stride;
-    int64_t epilogue, threads;
+    int64_t epilogue;
     float eps;
 };
 
@@ -115,6 +114,22 @@ void one_panel(const Product& p, const float* x, int64_t stride, int64_t panel) 
     }
 }
 
+// By all threads of a parallel region; ends with a barrier.
+void run(const Product& p) {
+    int64_t per_panel = p.epilogue == SWIGLU ? LANES : PANEL;
+    int64_t panels = (p.outputs + per_panel - 1) / per_panel;
+    const float* x = p.norm ? p.scratch : p.x;
+    int64_t stride = p.norm ? p.inputs : p.x_stride;
+    if (p.norm) {
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < p.rows; row++) {
+            rms_norm(p.x + row * p.x_stride, p.norm, p.scratch + row * p.inputs, p.inputs, p.eps);
+        }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t panel = 0; panel < panels; panel++) one_panel(p, x, stride, panel);
+}
+
 }  // namespace
 
 extern "C" {
@@ -145,27 +160,10 @@ void dspark_pack(const float* weight, float* packed, int64_t outputs, int64_t in
     }
 }
 
-void dspark_product(const Product* product) {
-    const Product& p = *product;
-    int64_t per_panel = p.epilogue == SWIGLU ? LANES : PANEL;
-    int64_t panels = (p.outputs + per_panel - 1) / per_panel;
-    const float* x = p.norm ? p.scratch : p.x;
-    int64_t stride = p.norm ? p.inputs : p.x_stride;
-#pragma omp parallel num_threads(p.threads)
-    {
-        if (p.norm) {
-#pragma omp for schedule(dynamic)
-            for (int64_t row = 0; row < p.rows; row++) {
-                rms_norm(p.x + row * p.x_stride, p.norm, p.scratch + row * p.inputs, p.inputs, p.eps);
-            }
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t panel = 0; panel < panels; panel++) one_panel(p, x, stride, panel);
-    }
-}
-
-void dspark_rms_norm(const float* x, const float* weight, float* y, int64_t rows, int64_t width, float eps) {
-    for (int64_t row = 0; row < rows; row++) rms_norm(x + row * width, weight, y + row * width, width, eps);
+// Products that follow each other, each waiting for the one before.
+void dspark_products(const Product* products, int64_t count, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    for (int64_t i = 0; i < count; i++) run(products[i]);
 }
 
 }  // extern "C"
