@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.head import FrozenTarget, Layer, TrainableHead
+from dspark_serve.training.plant import plant_first_layer
 from dspark_serve.training.target import TargetWeights
 
 # The target has no query and key norms; this weight keeps its attention about as sharp as it was.
@@ -21,8 +22,14 @@ _RIDGE = 1e-2  # of the mean variance
 
 
 @torch.no_grad()
-def warm_start(head: TrainableHead, weights: TargetWeights, target: FrozenTarget, passages: Sequence[Passage]) -> None:
-    """Set all of the head's weights from the target and from some of its passages."""
+def warm_start(
+    head: TrainableHead,
+    weights: TargetWeights,
+    target: FrozenTarget,
+    passages: Sequence[Passage],
+    anchor_heads: int = 0,
+) -> None:
+    """Set all of the head's weights from the target and from some of its passages; `anchor_heads`: see plant.py."""
     first = weights.config.num_layers - head.config.num_layers
     for index, layer in enumerate(head.layers):
         assert isinstance(layer, Layer)
@@ -36,6 +43,8 @@ def warm_start(head: TrainableHead, weights: TargetWeights, target: FrozenTarget
         in_map, out_map = reduced_rank_fit(previous, hidden, head.config.markov_rank)
         head.markov.in_map.copy_(in_map)
         head.markov.out_map.copy_(out_map)
+    if anchor_heads:
+        plant_first_layer(head, target, passages, anchor_heads)
     if head.confidence is not None:
         head.confidence.weight.zero_()
         head.confidence.bias.zero_()
