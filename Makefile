@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 PYTEST := $(VENV)/bin/python -m pytest
-SPEC := pyproject.toml constraints.txt
+SPEC := pyproject.toml setup.py constraints.txt $(wildcard kernels/dspark_kernels/cpu/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 

@@ -36,6 +36,9 @@ class ModelConfig(Section):
         default=None, description="Jinja file, or template text, instead of the tokenizer's."
     )
     device: str = Field(default="auto", description="auto: cuda when available, else cpu.")
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto", description="auto: the C++ kernels where they were built; torch: never."
+    )
 
 
 class CacheConfig(Section):

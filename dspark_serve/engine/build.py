@@ -49,7 +49,7 @@ def build_engine(config: Config) -> Engine:
     device = _device(config.model.device)
     trust = config.model.trust_remote_code
     resolved = resolve(config.model.model, trust)
-    model = load_model(resolved, config.model.dtype, str(device), trust)
+    model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
     drafter = DRAFTERS[config.speculation.method](config.speculation)
     num_pages = _num_pages(config, model, max_model_len)

@@ -6,12 +6,15 @@ Must not know: requests, models, what the rows are for.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from dspark_kernels.native import Kernels
 from dspark_serve.cache.store import KVStore
 from dspark_serve.tensors import StepBatch
 
@@ -101,10 +104,11 @@ class AttnMeta:
     query_lens: tuple[int, ...]  # [rows]
     context_lens: tuple[int, ...]  # [rows]
     page_size: int
+    kernels: Kernels | None = None  # None: torch
     _plans: dict[_Shape, _Plan] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def build(batch: StepBatch, page_size: int) -> AttnMeta:
+    def build(batch: StepBatch, page_size: int, kernels: Kernels | None = None) -> AttnMeta:
         """Raises ValueError when a row's lengths contradict each other or its page table."""
         room = batch.page_table.shape[1] * page_size
         for row, (queries, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
@@ -114,7 +118,13 @@ class AttnMeta:
                 )
         if sum(batch.query_lens) != batch.slots.shape[0]:
             raise ValueError(f"query_lens add up to {sum(batch.query_lens)}, not {batch.slots.shape[0]} tokens")
-        return AttnMeta(batch.slots, batch.page_table, batch.query_lens, batch.context_lens, page_size)
+        return AttnMeta(batch.slots, batch.page_table, batch.query_lens, batch.context_lens, page_size, kernels)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """First token, number of tokens and keys visible to the last token of every row: [3, rows] int64."""
+        firsts = [0, *itertools.accumulate(self.query_lens)][:-1]
+        return torch.tensor([firsts, self.query_lens, self.context_lens])
 
     def plan(self, shape: _Shape) -> _Plan:
         known = self._plans.get(shape)
@@ -144,6 +154,9 @@ def attend(
     tokens, heads, head_dim = q.shape
     kv_heads, value_dim = v.shape[1], v.shape[2]
     keys, values = store.keys[layer], store.values[layer]
+    if sinks is None and runs_native(meta.kernels, q, keys, value_dim):
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+        return attend_native(q, k, v, layer, meta, store, **options)  # type: ignore[arg-type]
     store.write(layer, meta.slots, k.to(keys.dtype), v.to(values.dtype))
     plan = meta.plan(_Shape(heads, kv_heads, head_dim, value_dim))
     flat_q = q.reshape(tokens * heads, head_dim)
@@ -164,6 +177,46 @@ def attend(
             results.append(_weighted_sum(probs, group_v[:, : piece.keys]).view(-1, value_dim))
     flat = results[0] if len(results) == 1 else torch.cat(results)
     return flat.index_select(0, plan.output_index).view(tokens, heads, value_dim)
+
+
+def runs_native(kernels: Kernels | None, q: Tensor, keys: Tensor, value_dim: int) -> bool:
+    """Whether the C++ attention has what these heads need: float32 in main memory, whole vectors per head."""
+    suited = q.dtype == keys.dtype == torch.float32 and q.device.type == "cpu"
+    return kernels is not None and suited and kernels.attends(q.shape[-1], value_dim)
+
+
+def attend_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    meta: AttnMeta,
+    store: KVStore,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
+    norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm weights of queries and keys [head_dim], eps
+) -> Tensor:
+    """`attend` by the C++ kernels, which norm and rotate queries and keys (in place) on the way."""
+    assert meta.kernels is not None
+    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+    return meta.kernels.attention(
+        q,
+        k,
+        v,
+        store.keys[layer],
+        store.values[layer],
+        meta.slots,
+        meta.page_table,
+        meta.rows,
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        rotary=rotary,
+        norms=norms,
+    )
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, per_kv: int) -> Tensor:

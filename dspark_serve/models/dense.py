@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
-from dspark_serve.models.attention import AttnMeta, attend
+from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
-from dspark_serve.models.layers import Linear, RMSNorm, Rotary, backend_name, make_linear, swiglu
+from dspark_serve.models.layers import Linear, Operations, ResidualLinear, RMSNorm, Rotary, operations
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -216,8 +216,9 @@ class _Loading:
         assert tensor is not None, name
         return tensor
 
-    def linear(self, name: str) -> Linear:
-        return make_linear(self.tensor(f"{name}.weight"), self.take(f"{name}.bias"))
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        return self.tensor(f"{name}.weight"), self.take(f"{name}.bias")
 
 
 def _listed(names: Sequence[str], shown: int = 8) -> str:
@@ -227,13 +228,11 @@ def _listed(names: Sequence[str], shown: int = 8) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: RMSNorm
-    qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
-    qk_norm: RMSNorm | None  # over head_dim, with a weight for each head
-    out: Linear  # heads * head_dim -> hidden
-    mlp_norm: RMSNorm
-    gate_up: Linear  # hidden -> 2 * intermediate
-    down: Linear  # intermediate -> hidden
+    qkv: Linear  # norm, then hidden -> (heads + 2 * kv_heads) * head_dim
+    qk_norm: RMSNorm | None  # over head_dim, with a weight for each head: queries, then keys
+    out: ResidualLinear  # heads * head_dim -> hidden
+    gate_up: Linear  # norm, then hidden -> intermediate through SwiGLU
+    down: ResidualLinear  # intermediate -> hidden
     window: int | None
 
 
@@ -245,12 +244,12 @@ class DenseModel:
         config: DenseConfig,
         layers: Sequence[_Layer],
         embed: Tensor,  # [vocab, hidden]
-        norm: RMSNorm,
-        head: Linear,  # hidden -> vocab
+        head: Linear,  # norm, then hidden -> vocab
+        ops: Operations,
     ) -> None:
         self.config = config
         self._layers = tuple(layers)
-        self._embed, self._norm, self._head = embed, norm, head
+        self._embed, self._head, self._kernels = embed, head, ops.kernels
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
             architecture=config.architecture,
@@ -260,7 +259,7 @@ class DenseModel:
             max_model_len=config.usable_positions,
             kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
             dtype=embed.dtype,
-            backend=backend_name(embed.dtype, embed.device),
+            backend=ops.name,
         )
 
     @staticmethod
@@ -269,6 +268,7 @@ class DenseModel:
         weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kernels: str = "auto",
     ) -> DenseModel:
         """From a config (config.json's contents or a Transformers config) and a checkpoint's named tensors.
 
@@ -283,10 +283,12 @@ class DenseModel:
         with torch.no_grad():
             loading = _Loading(parsed, dtype, torch.device(device))
             loading.load(weights.items() if isinstance(weights, Mapping) else weights)
-            layers = [_make_layer(parsed, loading, layer) for layer in range(parsed.num_layers)]
+            ops = operations(dtype, torch.device(device), kernels)
+            layers = [_make_layer(parsed, loading, ops, layer) for layer in range(parsed.num_layers)]
             embed = loading.tensor("embed")
-            head = make_linear(embed if parsed.tied else loading.tensor("head"))
-            return DenseModel(parsed, layers, embed, RMSNorm(loading.tensor("norm"), parsed.norm_eps), head)
+            norm = RMSNorm(loading.tensor("norm"), parsed.norm_eps)
+            head = ops.linear(embed if parsed.tied else loading.tensor("head"), norm=norm)
+            return DenseModel(parsed, layers, embed, head, ops)
 
     @property
     def info(self) -> ModelInfo:
@@ -304,13 +306,13 @@ class DenseModel:
                 raise ValueError(
                     f"tap {tap} is not a layer: -1 is the embedding, {self.config.num_layers - 1} the last"
                 )
-        meta = AttnMeta.build(batch, store.page_size)
-        cos, sin = self._rotary.at(batch.positions, max(batch.context_lens))
+        meta = AttnMeta.build(batch, store.page_size, self._kernels)
         hidden = self._embed.index_select(0, batch.token_ids)  # [tokens, hidden]
         tapped = {-1: hidden}
+        attention = _Attention(self.config, self._rotary, batch, meta, store)
         for index, layer in enumerate(self._layers):
-            hidden = self._attention(layer, index, hidden, cos, sin, meta, store)
-            hidden = hidden + layer.down(swiglu(layer.gate_up(layer.mlp_norm(hidden))))
+            hidden = layer.out(attention(layer, index, layer.qkv(hidden)), hidden)
+            hidden = layer.down(layer.gate_up(hidden), hidden)
             if index in taps:
                 tapped[index] = hidden
         wanted = batch.sample_index
@@ -319,47 +321,64 @@ class DenseModel:
         logits = self._logits(hidden.index_select(0, wanted))
         return TargetOutput(logits, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None)
 
-    def _attention(
-        self, layer: _Layer, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, meta: AttnMeta, store: KVStore
-    ) -> Tensor:
-        c = self.config
-        both = c.heads + c.kv_heads
-        qkv = layer.qkv(layer.attention_norm(hidden)).view(-1, both + c.kv_heads, c.head_dim)
-        qk = qkv[:, :both]  # queries and keys are normed and turned in one go
-        if layer.qk_norm is not None:
-            qk = layer.qk_norm(qk)
-        qk = self._rotary.apply(qk, cos, sin)
-        context = attend(
-            qk[:, : c.heads],
-            qk[:, c.heads :],
-            qkv[:, both:],
-            index,
-            meta,
-            store,
-            scale=c.head_dim**-0.5,
-            sliding_window=layer.window,
-        )  # [tokens, heads, head_dim]
-        return hidden + layer.out(context.view(-1, c.heads * c.head_dim))
-
     def _logits(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self._head(self._norm(hidden)).float()
+        return self._head(hidden).float()
 
 
-def _make_layer(config: DenseConfig, loading: _Loading, layer: int) -> _Layer:
+class _Attention:
+    """Norms, rotates and attends, layer after layer of one step."""
+
+    def __init__(self, config: DenseConfig, rotary: Rotary, batch: StepBatch, meta: AttnMeta, store: KVStore) -> None:
+        self._config, self._rotary, self._meta, self._store = config, rotary, meta, store
+        self._positions, self._stop = batch.positions, max(batch.context_lens)
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, layer: _Layer, index: int, qkv: Tensor) -> Tensor:
+        """qkv [tokens, (heads + 2 * kv_heads) * head_dim] -> [tokens, heads * head_dim]"""
+        c, store = self._config, self._store
+        both = c.heads + c.kv_heads
+        heads = qkv.view(-1, both + c.kv_heads, c.head_dim)
+        qk, v = heads[:, :both], heads[:, both:]
+        scale, norm = c.head_dim**-0.5, layer.qk_norm
+        if runs_native(self._meta.kernels, qk, store.keys[index], c.head_dim):
+            context = attend_native(
+                qk[:, : c.heads],
+                qk[:, c.heads :],
+                v,
+                index,
+                self._meta,
+                store,
+                scale=scale,
+                sliding_window=layer.window,
+                rotary=(self._positions, self._rotary.table(self._stop)),
+                norms=None if norm is None else (norm.weight[0], norm.weight[-1], norm.eps),
+            )
+        else:
+            if self._angles is None:
+                self._angles = self._rotary.at(self._positions, self._stop)
+            # Queries and keys are normed and turned in one go.
+            qk = self._rotary.apply(qk if norm is None else norm(qk), *self._angles)
+            q, k = qk[:, : c.heads], qk[:, c.heads :]
+            context = attend(q, k, v, index, self._meta, store, scale=scale, sliding_window=layer.window)
+        return context.view(-1, c.heads * c.head_dim)
+
+
+def _make_layer(config: DenseConfig, loading: _Loading, ops: Operations, layer: int) -> _Layer:
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(loading.tensor(f"{layer}.{name}"), config.norm_eps)
+
     qk_norm = None
     if config.qk_norm:
         q_norm, k_norm = loading.tensor(f"{layer}.q_norm"), loading.tensor(f"{layer}.k_norm")
         weights = torch.cat([q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)])
         qk_norm = RMSNorm(weights, config.norm_eps)
     return _Layer(
-        attention_norm=RMSNorm(loading.tensor(f"{layer}.attention_norm"), config.norm_eps),
-        qkv=loading.linear(f"{layer}.qkv"),
+        qkv=ops.linear(*loading.linear(f"{layer}.qkv"), norm=norm("attention_norm")),
         qk_norm=qk_norm,
-        out=loading.linear(f"{layer}.out"),
-        mlp_norm=RMSNorm(loading.tensor(f"{layer}.mlp_norm"), config.norm_eps),
-        gate_up=loading.linear(f"{layer}.gate_up"),
-        down=loading.linear(f"{layer}.down"),
+        out=ops.residual(*loading.linear(f"{layer}.out")),
+        gate_up=ops.gated(*loading.linear(f"{layer}.gate_up"), norm=norm("mlp_norm")),
+        down=ops.residual(*loading.linear(f"{layer}.down")),
         window=config.windows[layer],
     )

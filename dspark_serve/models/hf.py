@@ -31,7 +31,7 @@ from dspark_serve.models.attention import AttnMeta, attend
 from dspark_serve.models.base import ModelInfo
 from dspark_serve.models.hf_probe import STEP_KEYWORD, Answer, UnsupportedModel, architecture_of, relative_error
 from dspark_serve.models.invariance import Chunk, probe_batch
-from dspark_serve.models.layers import backend_name, make_linear, packs
+from dspark_serve.models.layers import Operations, operations
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SERVING = "dspark_paged"  # the name under which paged attention is registered
@@ -78,7 +78,7 @@ class HFModel:
     Construction probes the model and raises UnsupportedModel when it cannot be served exactly as it is.
     """
 
-    def __init__(self, module: Any, architecture: str | None = None) -> None:
+    def __init__(self, module: Any, architecture: str | None = None, kernels: str = "auto") -> None:
         hf_probe.refuse_by_kind(module)
         hf_probe.register_probe()
         # No mask function goes with it: Transformers then builds no mask at all and never looks for packed sequences.
@@ -99,7 +99,10 @@ class HFModel:
         self._keeps_logits = hf_probe.keeps_logits(module)
         dtype = module.get_input_embeddings().weight.dtype
         module.set_attn_implementation(SERVING)
-        _pack_linears(module)
+        ops = operations(dtype, self.device, kernels)
+        self._kernels = ops.kernels
+        if dtype == torch.float32 and self.device.type == "cpu":
+            _pack_linears(module, ops)
         self._info = ModelInfo(
             architecture=name,
             vocab_size=reference[0][0].shape[-1],
@@ -108,14 +111,19 @@ class HFModel:
             max_model_len=max_model_len,
             kv_layers=anatomy.kv_layers,
             dtype=dtype,
-            backend=f"transformers, {backend_name(dtype, self.device)}",
+            backend=f"transformers, {ops.name}",
         )
         self._taps_refused: str | None = None
         self._taps_refused = self._verify(prompts, reference)
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str, dtype: torch.dtype, device: torch.device | str = "cpu", trust_remote_code: bool = False
+        cls,
+        model_dir: str,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        kernels: str = "auto",
     ) -> HFModel:
         """Load a local checkpoint, safetensors only. Raises UnsupportedModel with the reason it cannot be served."""
         path = Path(model_dir)
@@ -146,7 +154,7 @@ class HFModel:
         missing = sorted(report["missing_keys"])
         if missing:  # Transformers would fill them with random numbers
             raise UnsupportedModel(name, f"its checkpoint lacks the tensors {', '.join(missing)}")
-        return cls(module.to(device), name)
+        return cls(module.to(device), name, kernels)
 
     @property
     def info(self) -> ModelInfo:
@@ -167,7 +175,7 @@ class HFModel:
         wanted = batch.sample_index if batch.score_index is None else torch.cat([batch.sample_index, batch.score_index])
         rows = wanted if wanted.shape[0] else wanted.new_zeros(1)  # packed linears do not take no rows
         keep = {"logits_to_keep": rows} if self._keeps_logits else {}
-        step = _Step(AttnMeta.build(batch, store.page_size), store, self._kv_source)
+        step = _Step(AttnMeta.build(batch, store.page_size, self._kernels), store, self._kv_source)
         with self._tapping(taps, batch.token_ids.shape[0]) as tapped:
             out = self._module(
                 input_ids=batch.token_ids.unsqueeze(0),
@@ -281,9 +289,9 @@ def _named_architecture(path: Path) -> str:
 class _PackedLinear(nn.Module):
     """Stands in for an nn.Linear, whose weight it takes away: faster for few rows, and row-invariant."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, ops: Operations) -> None:
         super().__init__()
-        self._run = make_linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self._run = ops.linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
         # Some models look at a weight's dtype; without data, one that computes with it fails instead of being wrong.
         self.weight = torch.empty_like(linear.weight, device="meta", requires_grad=False)
         linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
@@ -292,11 +300,11 @@ class _PackedLinear(nn.Module):
         return self._run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
-def _pack_linears(module: nn.Module) -> None:
-    """Replace every nn.Linear whose weights can be packed, one after the other, so memory is never held twice."""
+def _pack_linears(module: nn.Module, ops: Operations) -> None:
+    """Replace every nn.Linear, one after the other, so that memory is never held twice."""
     done: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (child in done or packs(child.weight.dtype, child.weight.device)):
-                done[child] = done.get(child) or _PackedLinear(child)
+            if type(child) is nn.Linear:
+                done[child] = done.get(child) or _PackedLinear(child, ops)
                 setattr(parent, name, done[child])

@@ -1,4 +1,4 @@
-"""Building blocks of decoders: linear backends, SwiGLU and rotary embeddings. Few operations each; row-invariant.
+"""Building blocks of decoders: linears with what surrounds them, and rotary embeddings. Few operations; row-invariant.
 
 Row-invariant: in float32 on CPU a row's bits do not depend on how many rows come with it or where it stands.
 Must not know: which model they are part of, attention, the cache.
@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dspark_kernels import native
+from dspark_kernels.native import Kernels
 
 PACK_ROWS = (
     8  # oneDNN 3.12 chose the same layout (AB16b64a) for 2 to 64 rows, with AVX2 and with AVX-512; 1 packs nothing
@@ -29,6 +32,93 @@ class Linear(Protocol):
     """y = x W^T + b for x [rows, in_features]; returns [rows, out_features] in x's dtype."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class ResidualLinear(Protocol):
+    """residual + x W^T + b; x [rows, in_features], residual and result [rows, out_features]."""
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor: ...
+
+
+class Operations(Protocol):
+    """Makes the layers of a decoder from their weights: the seam between plain torch and fused kernels."""
+
+    @property
+    def name(self) -> str:
+        """For people: "native avx512 float32"."""
+        ...
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """What attention may use."""
+        ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+        """x -> norm(x) W^T + b for weight [out_features, in_features], which the caller should drop."""
+        ...
+
+    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
+        """x -> silu(gates) * ups of norm(x) W^T + b; the first half of the weight's rows are the gates."""
+        ...
+
+    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear: ...
+
+
+def operations(dtype: torch.dtype, device: torch.device, kernels: str = "auto") -> Operations:
+    """The fastest row-invariant operations; kernels "torch" leaves the C++ ones out even where they are built."""
+    if dtype == torch.float32 and device.type == "cpu" and kernels == "auto":
+        library = native.load()
+        if library is not None:
+            return NativeOperations(library)
+    return TorchOperations(dtype, device)
+
+
+class NativeOperations:
+    """float32 on CPU with the C++ kernels: norm, product, and what follows it are one call."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.name = f"native {kernels.isa} float32"
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+        return self._product(native.PackedWeight(self.kernels, weight, bias, False), norm)
+
+    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
+        return self._product(native.PackedWeight(self.kernels, weight, bias, True), norm)
+
+    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear:
+        packed = native.PackedWeight(self.kernels, weight, bias, False)
+        return lambda x, residual: self.kernels.product(x, packed, residual=residual)
+
+    def _product(self, packed: native.PackedWeight, norm: RMSNorm | None) -> Linear:
+        kernels = self.kernels
+        if norm is None:
+            return lambda x: kernels.product(x, packed)
+        if packed.inputs % kernels.lanes:  # the fused norm works in whole vectors
+            return lambda x: kernels.product(norm(x), packed)
+        weight, eps = norm.weight.contiguous(), norm.eps
+        return lambda x: kernels.product(x, packed, weight, eps)
+
+
+class TorchOperations:
+    """Plain torch: GPUs, half precision, and CPUs for which the kernels were not built."""
+
+    kernels = None
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.name = f"{'onednn-packed' if _packs(dtype, device) else 'torch'} {str(dtype).removeprefix('torch.')}"
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+        linear = _plain_or_packed(weight, bias)
+        return linear if norm is None else lambda x: linear(norm(x))
+
+    def gated(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm) -> Linear:
+        linear = _plain_or_packed(weight, bias)
+        return lambda x: swiglu(linear(norm(x)))
+
+    def residual(self, weight: Tensor, bias: Tensor | None = None) -> ResidualLinear:
+        linear = _plain_or_packed(weight, bias)
+        return lambda x, residual: residual + linear(x)
 
 
 class PackedLinear:
@@ -65,20 +155,13 @@ class PlainLinear:
         return F.linear(padded, self._weight, self._bias)[:rows]
 
 
-def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `make_linear` packs weights of this kind."""
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return device.type == "cpu" and dtype == torch.float32 and available
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest row-invariant linear for weight [out_features, in_features]. The caller should drop the weight."""
-    return (PackedLinear if packs(weight.dtype, weight.device) else PlainLinear)(weight, bias)
-
-
-def backend_name(dtype: torch.dtype, device: torch.device) -> str:
-    """How linears of this dtype run there, for people: "onednn-packed float32", "torch bfloat16"."""
-    return f"{'onednn-packed' if packs(dtype, device) else 'torch'} {str(dtype).removeprefix('torch.')}"
+def _plain_or_packed(weight: Tensor, bias: Tensor | None) -> Linear:
+    return (PackedLinear if _packs(weight.dtype, weight.device) else PlainLinear)(weight, bias)
 
 
 class RMSNorm:
@@ -88,15 +171,16 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._width, self._eps = weight.shape[-1], eps
+        self.weight, self.eps = weight, eps
+        self._width = weight.shape[-1]
         # In float32 the mean is not taken: the norm's sqrt(width) goes into the weight.
-        self._weight = weight * self._width**0.5 if weight.dtype == torch.float32 else weight
+        self._scaled = weight * self._width**0.5 if weight.dtype == torch.float32 else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
-            return F.rms_norm(x, (self._width,), eps=self._eps).mul_(self._weight)
+            return F.rms_norm(x, (self._width,), eps=self.eps).mul_(self._scaled)
         norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * norm.square_().add_(self._eps * self._width).rsqrt_()).mul_(self._weight)
+        return (x * norm.square_().add_(self.eps * self._width).rsqrt_()).mul_(self._scaled)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -140,13 +224,17 @@ class Rotary:
         self._dtype, self._device = dtype, device
         self._table = torch.empty(0, 2, head_dim, dtype=dtype, device=device)  # [positions, cos and sin, head_dim]
 
-    def at(self, positions: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines for positions [tokens] < stop: two tensors [tokens, 1, head_dim]."""
+    def table(self, stop: int) -> Tensor:
+        """Cosines and signed sines of positions < stop at least: [positions, 2, head_dim]."""
         if stop > self._table.shape[0]:
             # Always whole blocks from the same starts: a position's bits do not depend on when it was first asked for.
             blocks = [self._block(start) for start in range(self._table.shape[0], stop, _ROPE_BLOCK)]
             self._table = torch.cat([self._table, *blocks])
-        cos, sin = self._table.index_select(0, positions).unsqueeze(2).unbind(1)
+        return self._table
+
+    def at(self, positions: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines for positions [tokens] < stop: two tensors [tokens, 1, head_dim]."""
+        cos, sin = self.table(stop).index_select(0, positions).unsqueeze(2).unbind(1)
         return cos, sin
 
     def _block(self, start: int) -> Tensor:

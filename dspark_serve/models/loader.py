@@ -81,11 +81,16 @@ def resolve(model: str, trust_remote_code: bool = False) -> ResolvedModel:
 
 
 def load_model(
-    resolved: ResolvedModel, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    resolved: ResolvedModel,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    kernels: str = "auto",
 ) -> TargetModel:
     """Build the target model: native code for the dense family, Transformers' for any other decoder.
 
-    dtype "auto" is float32 on CPU, else the checkpoint's. Raises LoadError naming the file, tensor or architecture.
+    dtype "auto" is float32 on CPU, else the checkpoint's; kernels "torch" leaves out the C++ ones.
+    Raises LoadError naming the file, tensor or architecture.
     """
     config = read_config(resolved.path)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -94,7 +99,7 @@ def load_model(
     if not architectures:
         raise LoadError(f"{resolved.path / 'config.json'} names no architecture.")
     try:
-        return _build(resolved.path, architectures[0], number, place, trust_remote_code)
+        return _build(resolved.path, architectures[0], number, place, trust_remote_code, kernels)
     except LoadError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError, SafetensorError) as error:
@@ -211,19 +216,21 @@ def _check_directory(path: Path) -> None:
     weight_files(path)
 
 
-def _build(path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool) -> TargetModel:
+def _build(
+    path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool, kernels: str
+) -> TargetModel:
     from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseModel, UnsupportedConfig
 
     if architecture in SUPPORTED_ARCHITECTURES:
         try:
-            return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device)
+            return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device, kernels)
         except UnsupportedConfig as error:  # a variation of the family that only the general code knows
             logger.info("%s goes through Transformers: %s", path.name, error)
     from dspark_serve.models.hf import HFModel  # imports Transformers' modelling code, which takes seconds
     from dspark_serve.models.hf_probe import UnsupportedModel
 
     try:
-        return HFModel.from_pretrained(str(path), dtype, device, trust)
+        return HFModel.from_pretrained(str(path), dtype, device, trust, kernels)
     except UnsupportedModel as error:
         raise LoadError(str(error)) from error
 

@@ -9,13 +9,30 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
+from dspark_kernels import native
 from dspark_serve.cache.store import KVStore
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.invariance import Chunk, probe_batch
 from dspark_serve.tensors import StepBatch
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+INSTRUCTION_SETS = [
+    "base",
+    *(["avx2"] if _CAPABILITY.startswith(("AVX2", "AVX512")) else []),
+    *(["avx512"] if _CAPABILITY.startswith("AVX512") else []),
+]  # that this machine runs
+
+
+def load_kernels(name: str) -> native.Kernels:
+    """The C++ kernels of one instruction set; skips the test where no compiler built them."""
+    kernels = native.load(name)
+    if kernels is None:
+        pytest.skip(f"the {name} kernels are not built: this needs a C++ compiler when the package is installed")
+    return kernels
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from helpers import chunked, scrambled_pages
+from helpers import INSTRUCTION_SETS, chunked, load_kernels, scrambled_pages
 from torch import Tensor
 
+from dspark_kernels.native import Kernels
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models import attention
 from dspark_serve.models.attention import AttnMeta, attend
@@ -19,8 +20,17 @@ from dspark_serve.models.invariance import Chunk, probe_batch
 PAGE = 16
 
 
+@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the torch reference and with the kernels of every instruction set."""
+    if request.param != "torch":
+        monkeypatch.setattr(Bench, "kernels", load_kernels(request.param))
+
+
 class Bench:
     """Sequences of random q, k, v, attended in any steps through a scrambled store."""
+
+    kernels: Kernels | None = None
 
     def __init__(
         self, lengths: Sequence[int], heads: int = 3, kv_heads: int = 1, dim: int = 64, value_dim: int | None = None
@@ -49,7 +59,8 @@ class Bench:
             spans = {i: (done[i], done[i] + size) for i, size in step.items()}
             batch = probe_batch([Chunk((0,) * (b - a), a, tuple(tables[i])) for i, (a, b) in spans.items()], PAGE)
             parts = [torch.cat([x[i][a:b] for i, (a, b) in spans.items()]) for x in (self.q, self.k, self.v)]
-            result = attend(*parts, 0, AttnMeta.build(batch, PAGE), store, scale=self.scale, **options)  # type: ignore[arg-type]
+            meta = AttnMeta.build(batch, PAGE, self.kernels)
+            result = attend(*parts, 0, meta, store, scale=self.scale, **options)  # type: ignore[arg-type]
             for i, rows in zip(step, result.split(list(step.values())), strict=True):
                 out[i].append(rows)
             for i, (_, b) in spans.items():
@@ -84,6 +95,7 @@ class Bench:
 SHAPES = [(1, 1, 16), (3, 1, 64), (4, 4, 32), (9, 3, 64), (8, 2, 80), (8, 1, 96), (4, 2, 128), (2, 1, 256)]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_matches_plain_attention(heads: int, kv_heads: int, dim: int) -> None:
     bench = Bench([70, 5, 33], heads, kv_heads, dim)
@@ -92,6 +104,7 @@ def test_matches_plain_attention(heads: int, kv_heads: int, dim: int) -> None:
         torch.testing.assert_close(got, bench.expected(i), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,11 +120,13 @@ def test_options_match_plain_attention(options: dict[str, object]) -> None:
         torch.testing.assert_close(got, bench.expected(i, **options), atol=2e-5, rtol=1e-4)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("backend")
 def test_value_width_may_differ() -> None:
     bench = Bench([40], heads=4, kv_heads=2, dim=48, value_dim=32)
     torch.testing.assert_close(bench.run([{0: 37}, {0: 3}])[0], bench.expected(0), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("length", [255, 256, 257, 511, 513, 1030])
 def test_context_around_key_blocks(length: int) -> None:
     bench = Bench([length])
@@ -121,6 +136,7 @@ def test_context_around_key_blocks(length: int) -> None:
     assert torch.equal(whole, tail)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 def test_bits_do_not_depend_on_steps(heads: int, kv_heads: int, dim: int) -> None:
     bench = Bench([70], heads, kv_heads, dim)
@@ -129,6 +145,7 @@ def test_bits_do_not_depend_on_steps(heads: int, kv_heads: int, dim: int) -> Non
         assert torch.equal(whole, bench.run([{0: n} for n in chunked(70, size)])[0]), size
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"sinks": torch.tensor([0.5, -1.0, 3.0])}])
 def test_bits_do_not_depend_on_neighbours_pages_or_padding(options: dict[str, object]) -> None:
     bench = Bench([300, 40, 600, 9, 31])

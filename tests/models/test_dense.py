@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore
 from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseConfig, DenseModel, UnsupportedConfig
 from dspark_serve.models.invariance import Chunk, probe_batch
-from dspark_serve.models.layers import PlainLinear, backend_name, make_linear, swiglu
+from dspark_serve.models.layers import PackedLinear, PlainLinear, operations, swiglu
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,10 +111,11 @@ def expected(model: Any, tokens: list[int]) -> Any:
         return model(torch.tensor([tokens]), output_hidden_states=True)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[(case, kernels) for case in CASES for kernels in ("auto", "torch")], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, DenseModel]:
-    model = reference(*CASES[request.param])
-    return model, DenseModel.from_weights(model.config, model.state_dict())
+    case, kernels = request.param
+    model = reference(*CASES[case])
+    return model, DenseModel.from_weights(model.config, model.state_dict(), kernels=kernels)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_info(llama: tuple[Any, DenseModel]) -> None:
     assert (info.architecture, info.vocab_size, info.hidden_size, info.num_layers) == ("LlamaForCausalLM", VOCAB, 96, 3)
     assert info.max_model_len == 2048
     assert [(g.kv_heads, g.head_dim) for g in info.kv_layers] == [(2, 16)] * 3
-    assert info.backend == backend_name(torch.float32, torch.device("cpu"))
+    assert info.backend == operations(torch.float32, torch.device("cpu")).name
 
 
 def test_bfloat16_is_close() -> None:
@@ -232,7 +233,7 @@ def test_swiglu_has_the_same_bits_for_any_rows_and_threads(width: int, threads: 
 
 
 @pytest.mark.parametrize("shape", [(576, 1536), (896, 4864), (3072, 576)])
-@pytest.mark.parametrize("make", [make_linear, PlainLinear])
+@pytest.mark.parametrize("make", [PackedLinear, PlainLinear])
 def test_linears_have_the_same_bits_for_any_rows(make: Any, shape: tuple[int, int]) -> None:
     """At widths of real models: narrow ones do not reach the kernels that differ for a single row."""
     generator = torch.Generator().manual_seed(0)

@@ -81,9 +81,9 @@ def test_a_model_without_taps_is_checked_by_its_logits(model: DenseModel) -> Non
 
 def test_plain_linears_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded to four rows they are invariant on most machines; where they are not, the check must say so, not fail."""
-    monkeypatch.setattr(layers, "packs", lambda dtype, device: False)
+    monkeypatch.setattr(layers, "_packs", lambda dtype, device: False)
     theirs = reference("Qwen2", {})
-    plain = DenseModel.from_weights(theirs.config, theirs.state_dict())
+    plain = DenseModel.from_weights(theirs.config, theirs.state_dict(), kernels="torch")
     assert plain.info.backend == "torch float32"
     verdict = row_variance(plain, 16)
     assert verdict is None or "differ" in verdict

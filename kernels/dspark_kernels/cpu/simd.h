@@ -1,0 +1,139 @@
+// One vector of floats and the few operations the kernels need, per instruction set.
+//
+// Every sum in the kernels is a chain of `fma` in a fixed order, so a result never depends on how the work around it was
+// tiled. The compiler may not fuse or reorder on its own (-ffp-contract=off, no -ffast-math).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace dspark {
+
+#if defined(__AVX512F__)
+
+using Vec = __m512;
+constexpr int LANES = 16;
+constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators, two weights and one input of 32 registers
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec power_of_two(Vec n) {  // 2^n for whole n in [-126, 128]
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline const char* isa() { return "avx512"; }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+using Vec = __m256;
+constexpr int LANES = 8;
+constexpr int MAX_TILE_ROWS = 6;  // 12 accumulators, two weights and one input of 16 registers
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec round_even(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec power_of_two(Vec n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline const char* isa() { return "avx2"; }
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+using Vec = float32x4_t;
+constexpr int LANES = 4;
+constexpr int MAX_TILE_ROWS = 12;
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, Vec v) { vst1q_f32(p, v); }
+inline Vec broadcast(float x) { return vdupq_n_f32(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+inline Vec vmin(Vec a, Vec b) { return vminq_f32(a, b); }
+inline Vec vmax(Vec a, Vec b) { return vmaxq_f32(a, b); }
+inline Vec round_even(Vec a) { return vrndnq_f32(a); }
+inline Vec power_of_two(Vec n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline const char* isa() { return "neon"; }
+
+#else  // any C++17 compiler
+
+struct Vec { float lane[4]; };
+constexpr int LANES = 4;
+constexpr int MAX_TILE_ROWS = 4;
+template <class F> inline Vec map(F f) { return {{f(0), f(1), f(2), f(3)}}; }
+inline Vec load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
+inline Vec broadcast(float x) { return {{x, x, x, x}}; }
+// Two roundings: fused multiply-add without hardware is a function call. Still the same for every tiling.
+inline Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+inline Vec add(Vec a, Vec b) { return map([&](int i) { return a.lane[i] + b.lane[i]; }); }
+inline Vec sub(Vec a, Vec b) { return map([&](int i) { return a.lane[i] - b.lane[i]; }); }
+inline Vec mul(Vec a, Vec b) { return map([&](int i) { return a.lane[i] * b.lane[i]; }); }
+inline Vec div(Vec a, Vec b) { return map([&](int i) { return a.lane[i] / b.lane[i]; }); }
+inline Vec vmin(Vec a, Vec b) { return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+inline Vec vmax(Vec a, Vec b) { return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+inline Vec round_even(Vec a) { return map([&](int i) { return std::nearbyint(a.lane[i]); }); }
+inline Vec power_of_two(Vec n) { return map([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.lane[i])); }); }
+inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline const char* isa() { return "portable"; }
+
+#endif
+
+constexpr int PANEL = 2 * LANES;  // columns of a packed weight that are computed together
+
+inline float sum(Vec v) {  // lanes in order, halves first: a fixed tree
+    float lane[LANES];
+    store(lane, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+inline float maximum(Vec v) {
+    float lane[LANES];
+    store(lane, v);
+    float best = lane[0];
+    for (int i = 1; i < LANES; i++) best = lane[i] > best ? lane[i] : best;
+    return best;
+}
+
+// e^x to about 1 unit in the last place; infinite from 88.4 up, never less than e^-87. NaN stays NaN.
+inline Vec exponential(Vec x) {
+    Vec clamped = vmax(broadcast(-87.0f), vmin(broadcast(89.0f), x));  // in this order x's NaN survives on x86
+    Vec n = round_even(mul(clamped, broadcast(1.44269504f)));
+    Vec r = fma(n, broadcast(-0.693145752f), clamped);  // ln 2 in two parts: n * high is exact
+    r = fma(n, broadcast(-1.42860677e-6f), r);
+    Vec p = broadcast(1.0f / 5040);
+    for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, broadcast(c));
+    return mul(p, power_of_two(n));
+}
+
+}  // namespace dspark

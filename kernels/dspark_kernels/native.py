@@ -1,0 +1,201 @@
+"""The C++ kernels in cpu/, through their C interface: few-row products and paged attention in float32.
+
+Every result is row-invariant: the bits of a row do not depend on the other rows or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
+
+
+class _Product(ctypes.Structure):  # mirrors gemm.cpp
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "norm", "packed", "bias", "residual", "y", "scratch")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride", "epilogue", "threads")),
+        ("eps", c_float),
+    )
+
+
+class _Attention(ctypes.Structure):  # mirrors attention.cpp
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "q_norm", "k_norm", "cosine", "sine", "positions", "slots")),
+        *((name, c_void_p) for name in ("pages", "first", "queries", "contexts", "keys", "values", "out")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "tokens", "rows", "max_pages")),
+        *((name, c_int64) for name in ("page_size", "heads", "kv_heads", "head_dim", "value_dim", "window")),
+        *((name, c_int64) for name in ("table_stride", "threads")),
+        *((name, c_float) for name in ("scale", "softcap", "eps")),
+    )
+
+
+class PackedWeight:
+    """A weight [outputs, inputs] laid out for the kernels, with its bias; `gated`: half gates, half their ups."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, gated: bool) -> None:
+        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.dim() != 2:
+            raise ValueError(f"only float32 matrices in main memory can be packed, not {weight.dtype} {weight.device}")
+        weight = weight.contiguous()
+        rows, self.inputs = weight.shape
+        self.outputs = rows // 2 if gated else rows
+        self.gated = gated
+        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self.panels = torch.empty(kernels.library.dspark_packed_size(rows, self.inputs, gated))
+        kernels.library.dspark_pack(weight.data_ptr(), self.panels.data_ptr(), rows, self.inputs, gated)
+
+
+class Kernels:
+    """A loaded library. `isa`: the instruction set it was compiled for; `lanes`: floats per vector."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.dspark_isa.restype = ctypes.c_char_p
+        library.dspark_lanes.restype = c_int64
+        library.dspark_packed_size.argtypes = (c_int64,) * 3
+        library.dspark_packed_size.restype = c_int64
+        library.dspark_pack.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
+        for function in (library.dspark_pack, library.dspark_product, library.dspark_attention):
+            function.restype = None
+        self.library = library
+        self.isa: str = library.dspark_isa().decode()
+        self.lanes: int = library.dspark_lanes()
+
+    def product(
+        self,
+        x: Tensor,  # [rows, inputs] float32, columns adjacent
+        weight: PackedWeight,
+        norm: Tensor | None = None,  # [inputs]: RMSNorm weight applied to x first; inputs must fill vectors
+        eps: float = 0.0,
+        residual: Tensor | None = None,  # [rows, outputs] contiguous, added to the result
+    ) -> Tensor:
+        """x W^T + bias, or silu(gates) * ups for a gated weight. Returns [rows, outputs]."""
+        rows, inputs = x.shape
+        if inputs != weight.inputs or x.stride(1) != 1:
+            raise ValueError(f"x {list(x.shape)} does not fit a weight of {weight.inputs} inputs, or is not row-major")
+        out = x.new_empty(rows, weight.outputs)
+        scratch = None if norm is None else x.new_empty(rows, inputs)
+        self.library.dspark_product(
+            ctypes.byref(
+                _Product(
+                    x.data_ptr(),
+                    _pointer(norm),
+                    weight.panels.data_ptr(),
+                    _pointer(weight.bias),
+                    _pointer(residual),
+                    out.data_ptr(),
+                    _pointer(scratch),
+                    rows,
+                    inputs,
+                    weight.outputs,
+                    x.stride(0),
+                    SWIGLU if weight.gated else PLAIN if residual is None else RESIDUAL,
+                    torch.get_num_threads(),
+                    eps,
+                )
+            )
+        )
+        return out
+
+    def attends(self, head_dim: int, value_dim: int) -> bool:
+        """Whether heads of these widths fill vectors."""
+        return head_dim % self.lanes == 0 and value_dim % self.lanes == 0
+
+    def attention(
+        self,
+        q: Tensor,  # [tokens, heads, head_dim] float32; heads of a token adjacent; overwritten if normed or rotated
+        k: Tensor,  # [tokens, kv_heads, head_dim], likewise
+        v: Tensor,  # [tokens, kv_heads, value_dim]
+        keys: Tensor,  # [pages, page_size, kv_heads, head_dim]: k is written here first
+        values: Tensor,  # [pages, page_size, kv_heads, value_dim]
+        slots: Tensor,  # [tokens] int64, page * page_size + offset
+        pages: Tensor,  # [rows, max_pages] int64
+        rows: Tensor,  # [3, rows] int64 contiguous: first token, tokens, and keys its last token sees
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
+        norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
+    ) -> Tensor:
+        """Causal attention of every token over its row's keys; returns [tokens, heads, value_dim]."""
+        tokens, heads, head_dim = q.shape
+        kv_heads, value_dim = v.shape[1:]
+        out = q.new_empty(tokens, heads, value_dim)
+        positions, table = rotary if rotary is not None else (None, None)
+        first = rows.data_ptr()
+        row_bytes = rows.shape[1] * 8
+        self.library.dspark_attention(
+            ctypes.byref(
+                _Attention(
+                    q.data_ptr(),
+                    k.data_ptr(),
+                    v.data_ptr(),
+                    None if norms is None else norms[0].data_ptr(),
+                    None if norms is None else norms[1].data_ptr(),
+                    _pointer(table),
+                    None if table is None else table.data_ptr() + head_dim * 4,
+                    _pointer(positions),
+                    slots.data_ptr(),
+                    pages.data_ptr(),
+                    first,
+                    first + row_bytes,
+                    first + 2 * row_bytes,
+                    keys.data_ptr(),
+                    values.data_ptr(),
+                    out.data_ptr(),
+                    q.stride(0),
+                    k.stride(0),
+                    v.stride(0),
+                    tokens,
+                    rows.shape[1],
+                    pages.shape[1],
+                    keys.shape[1],
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    value_dim,
+                    window or 0,
+                    2 * head_dim,
+                    torch.get_num_threads(),
+                    scale,
+                    softcap or 0.0,
+                    0.0 if norms is None else norms[2],
+                )
+            )
+        )
+        return out
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def load(name: str | None = None) -> Kernels | None:
+    """The kernels for this machine, or None where they were not built. `name` asks for one instruction set.
+
+    The instruction set is torch's choice, so ATEN_CPU_CAPABILITY=avx2 or default limits both.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    names = ["base"] if name is None else [name]
+    if name is None and capability.startswith(("AVX2", "AVX512")):
+        names.insert(0, "avx2")
+        if capability.startswith("AVX512"):
+            names.insert(0, "avx512")
+    for wanted in names:
+        for path in sorted(Path(__file__).parent.glob(f"_cpu_{wanted}.*")):
+            _share_openmp()
+            return Kernels(ctypes.CDLL(str(path)))
+    return None
+
+
+def _share_openmp() -> None:
+    """Make the OpenMP runtime that torch uses visible to the kernels, which are not linked to one of their own: two
+    runtimes would keep two pools of threads that fight for the cores."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

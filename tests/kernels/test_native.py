@@ -1,0 +1,164 @@
+"""The C++ products against float64 arithmetic, and their bits: nothing but a row's own numbers may decide them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark_kernels import native
+from dspark_kernels.native import Kernels, PackedWeight
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from helpers import INSTRUCTION_SETS, load_kernels
+
+SHAPES = [(1, 1), (5, 3), (33, 16), (64, 48), (100, 576), (70, 1536)]  # [outputs, inputs]
+ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 25, 64)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_kernels(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def randoms(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(map(sum, shapes)))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, atol=1e-5 * float(want.abs().max() + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_products(kernels: Kernels, shape: tuple[int, int], rows: int) -> None:
+    weight, bias, x, residual = randoms(shape, shape[:1], (rows, shape[1]), (rows, shape[0]))
+    plain = x.double() @ weight.double().T
+    close(kernels.product(x, PackedWeight(kernels, weight, None, False)), plain)
+    packed = PackedWeight(kernels, weight, bias, False)
+    close(kernels.product(x, packed), plain + bias)
+    close(kernels.product(x, packed, residual=residual), plain + bias + residual)
+
+
+@pytest.mark.parametrize("half", [1, 20, 64, 112])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_products(kernels: Kernels, half: int, biased: bool) -> None:
+    weight, bias, x = randoms((2 * half, 48), (2 * half,), (7, 48))
+    both = x.double() @ weight.double().T + (bias if biased else 0)
+    gate, up = both.split(half, dim=1)
+    close(kernels.product(x, PackedWeight(kernels, weight, bias if biased else None, True)), F.silu(gate) * up)
+
+
+def test_gates_of_any_size(kernels: Kernels) -> None:
+    """The exponential over its whole range: gates far out must give 0 or themselves, not infinity or NaN."""
+    gates = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([-1e30, 1e30, 0.0, -0.0, 1e-40])])
+    x = torch.stack([gates, torch.ones_like(gates)], dim=1)  # one gate, one up per row
+    got = kernels.product(x, PackedWeight(kernels, torch.eye(2), None, True))
+    torch.testing.assert_close(got[:, 0], F.silu(gates.double()).float(), atol=1e-34, rtol=3e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 30])
+def test_the_norm_comes_first(kernels: Kernels, rows: int) -> None:
+    weight, norm, x = randoms((70, 96), (96,), (rows, 96))
+    normed = F.rms_norm(x.double(), (96,), norm.double(), 1e-5)
+    got = kernels.product(x, PackedWeight(kernels, weight, None, False), norm, 1e-5)
+    close(got, normed @ weight.double().T)
+
+
+def every_product(kernels: Kernels, weights: list[PackedWeight], x: Tensor, norm: Tensor, residual: Tensor) -> Tensor:
+    plain, gated = weights
+    parts = [
+        kernels.product(x, plain),
+        kernels.product(x, plain, norm, 1e-5),
+        kernels.product(x, plain, residual=residual),
+        kernels.product(x, gated, norm, 1e-5),
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.usefixtures("threads")
+def test_bits_do_not_depend_on_rows_place_or_threads(kernels: Kernels) -> None:
+    weight, bias, norm, x, residual = randoms((200, 576), (200,), (576,), (80, 576), (80, 200))
+    weights = [PackedWeight(kernels, weight, bias, gated) for gated in (False, True)]
+    whole = every_product(kernels, weights, x, norm, residual)
+    for count in (1, 2, 3, 4, 8, 64):
+        torch.set_num_threads(count)
+        for rows in (1, 2, 5, 7, 13, 80):
+            for first in {0, 80 - rows, (80 - rows) // 2}:
+                some = slice(first, first + rows)
+                got = every_product(kernels, weights, x[some], norm, residual[some].contiguous())
+                assert torch.equal(got, whole[some]), (count, rows, first)
+
+
+def test_bits_do_not_depend_on_alignment(kernels: Kernels) -> None:
+    weight, x = randoms((50, 48), (9, 48))
+    packed = PackedWeight(kernels, weight, None, False)
+    shifted = torch.empty(9, 53)[:, 3:51]
+    shifted.copy_(x)
+    assert torch.equal(kernels.product(shifted, packed), kernels.product(x, packed))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_row_leaves_the_others_alone(kernels: Kernels, poison: float) -> None:
+    weight, bias, norm, x, residual = randoms((200, 576), (200,), (576,), (14, 576), (14, 200))
+    weights = [PackedWeight(kernels, weight, bias, gated) for gated in (False, True)]
+    clean = every_product(kernels, weights, x, norm, residual)
+    x[6, 100] = poison
+    dirty = every_product(kernels, weights, x, norm, residual)
+    others = [row for row in range(14) if row != 6]
+    assert torch.equal(dirty[others], clean[others])
+    assert not dirty[6].isfinite().all()
+
+
+def test_denormals_are_numbers(kernels: Kernels) -> None:
+    x = torch.full((3, 16), 1e-40)
+    got = kernels.product(x, PackedWeight(kernels, torch.full((5, 16), 0.5), None, False))
+    torch.testing.assert_close(got, torch.full((3, 5), 8e-40), atol=1e-44, rtol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(kernels: Kernels) -> None:
+    packed = PackedWeight(kernels, torch.ones(4, 8), None, False)
+    with pytest.raises(ValueError, match="does not fit a weight of 8 inputs"):
+        kernels.product(torch.ones(2, 7), packed)
+    with pytest.raises(ValueError, match="not row-major"):
+        kernels.product(torch.ones(8, 2).T, packed)
+    with pytest.raises(ValueError, match="only float32 matrices"):
+        PackedWeight(kernels, torch.ones(4, 8, dtype=torch.bfloat16), None, False)
+
+
+@pytest.mark.parametrize(("capability", "isa"), [("default", "portable"), ("avx2", "avx2")])
+def test_the_instruction_set_is_limited_as_torch_is(capability: str, isa: str) -> None:
+    """A machine without AVX runs the portable kernels: seen by masking what torch reports."""
+    load_kernels("base")
+    if isa == "avx2" and "avx2" not in INSTRUCTION_SETS:
+        pytest.skip("needs a CPU with AVX2")
+    if isa == "portable" and os.uname().machine not in ("x86_64", "AMD64"):
+        isa = "neon"
+    script = "import dspark_serve; from dspark_kernels import native; print(native.load().isa)"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == isa
+
+
+def test_without_built_kernels_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.load.cache_clear()
+    try:
+        assert native.load() is None
+    finally:
+        native.load.cache_clear()
