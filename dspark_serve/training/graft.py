@@ -46,6 +46,7 @@ class TrainOptions:
     trained_tokens: int = 4096  # the LM head in training, when the head has the whole vocabulary
     checkpoint_minutes: float = 5.0
     evaluate_minutes: float = 10.0
+    planted_heads: int | None = None  # heads of layer 0 that read the anchor, see plant.py; None: a third, if it fits
     held_out: int = 48  # conversations in the live evaluation
     schedule: Schedule = Schedule()
 
@@ -89,7 +90,7 @@ class Grafter:
         passages = [source.load(c) for c in source.training[:_START_PASSAGES]]
         spread = torch.cat([p.last_hidden[p.num_prompt :] for p in passages]).std(0)
         grafter = Grafter(options, source, weights, head, spread)
-        warm_start(head, weights, grafter.target, passages)
+        warm_start(head, weights, grafter.target, passages, _planted_heads(options, head))
         return grafter
 
     @staticmethod
@@ -209,6 +210,13 @@ class Grafter:
             self.best = result.greedy + result.sampled
             self.export(directory / "best", result)
         return result
+
+
+def _planted_heads(options: TrainOptions, head: TrainableHead) -> int:
+    """Planting needs a key/value head per head, and heads on both sides."""
+    if options.planted_heads is not None:
+        return options.planted_heads
+    return head.config.heads // 3 if head.config.kv_heads == head.config.heads else 0
 
 
 class _Watch:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_serve.training.anchors import Passage
-from dspark_serve.training.head import FrozenTarget, Layer, TrainableHead
+from dspark_serve.training.anchors import Passage, build_blocks, context_states
+from dspark_serve.training.head import FrozenTarget, Layer, MarkovTables, TrainableHead
 from dspark_serve.training.plant import plant_first_layer
 from dspark_serve.training.target import TargetWeights
 
@@ -37,14 +38,10 @@ def warm_start(
     _fuse_taps(head, torch.cat([p.states for p in passages]))
     head.hidden_norm.weight.copy_(weights.layers[f"{weights.config.num_layers - 1}.input_layernorm.weight"])
     head.norm.weight.copy_(weights.final_norm)
-    if head.markov is not None:
-        previous = torch.cat([target.embedding[p.tokens[p.num_prompt : -1]] for p in passages])
-        hidden = torch.cat([p.last_hidden[p.num_prompt :] for p in passages])
-        in_map, out_map = reduced_rank_fit(previous, hidden, head.config.markov_rank)
-        head.markov.in_map.copy_(in_map)
-        head.markov.out_map.copy_(out_map)
     if anchor_heads:
         plant_first_layer(head, target, passages, anchor_heads)
+    if head.markov is not None:
+        _fit_markov(head, head.markov, target, passages)
     if head.confidence is not None:
         head.confidence.weight.zero_()
         head.confidence.bias.zero_()
@@ -74,6 +71,24 @@ def _fuse_taps(head: TrainableHead, states: Tensor) -> None:
     shares[-1] = 1.0
     scaled = torch.eye(hidden).repeat(1, count) * (shares / sizes).repeat_interleave(hidden)
     head.fc.weight.copy_(scaled)
+
+
+def _fit_markov(
+    head: TrainableHead, markov: MarkovTables, target: FrozenTarget, passages: Sequence[Passage]
+) -> None:
+    """What the token before a slot adds to what the layers say there, over all slots: a bigram model of the error."""
+    inputs, errors = [], []
+    for passage in passages:
+        anchors = np.arange(passage.num_prompt, len(passage.tokens) - head.config.block_size, 3)
+        if not len(anchors):
+            continue
+        blocks = build_blocks([passage], [anchors], head.config.block_size)
+        said = head.backbone(context_states([passage], blocks), blocks, target)
+        errors.append(passage.last_hidden[blocks.sources.view(-1)] - said)
+        inputs.append(target.embedding[blocks.previous_tokens().view(-1)])
+    in_map, out_map = reduced_rank_fit(torch.cat(inputs), torch.cat(errors), head.config.markov_rank)
+    markov.in_map.copy_(in_map)
+    markov.out_map.copy_(out_map)
 
 
 def reduced_rank_fit(inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class SynthesisOptions:
     seed: int = 0
     rows: int = 96
     max_answer_tokens: int = 200
-    max_turn_tokens: int = 96
+    max_turn_tokens: int = 64
     max_prompt_tokens: int = 320
     max_bytes: int = 16 << 30  # of states on disk
     kv_cache_gib: float = 2.0
