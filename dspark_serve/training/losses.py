@@ -77,7 +77,7 @@ class _DistributionLoss(torch.autograd.Function):
         if weights.divergence:
             grad.add_(draft * mass - target, alpha=weights.divergence)
         if weights.cross_entropy:
-            scale = (weights.cross_entropy * known).unsqueeze(1)
+            scale = weights.cross_entropy * known.to(draft.dtype).unsqueeze(1)
             grad.add_(draft * scale).scatter_add_(1, label, -scale)
         ctx.save_for_backward(grad.mul_(slot_weight.unsqueeze(1)))
         overlap = 1 - 0.5 * variation
