@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dspark_kernels import noise
 from dspark_serve.training.anchors import Passage, build_blocks, context_states
 from dspark_serve.training.head import FrozenTarget, TrainableHead
 
@@ -32,13 +33,17 @@ class Drafts:
 
     @property
     def matches(self) -> Flags:
-        return self.tokens == self.labels
+        matches: Flags = self.tokens == self.labels
+        return matches
 
 
 @torch.no_grad()
-def draft_passage(head: TrainableHead, passage: Passage, target: FrozenTarget) -> Drafts:
-    """Greedy blocks at every anchor of the passage; each slot's Markov bias is that of the token drafted before."""
-    return _draft(head, passage, target, None)
+def draft_passage(head: TrainableHead, passage: Passage, target: FrozenTarget, seed: int | None = None) -> Drafts:
+    """Blocks at every anchor of the passage; each slot's Markov bias is that of the token drafted before.
+
+    Greedy, or, with the seed that a text at temperature 1 was drawn with, drawn with the same noise (`coupled`).
+    """
+    return _draft(head, passage, target, None, seed)
 
 
 @torch.no_grad()
@@ -46,11 +51,13 @@ def overlap_passage(head: TrainableHead, passage: Passage, target: FrozenTarget)
     """Blocks along the passage's own tokens, and per slot the probability [anchors, size] that `rejection` accepts
     the token that came, given that it came: min(1, draft / target)."""
     ratios: list[Tensor] = []
-    drafts = _draft(head, passage, target, ratios)
+    drafts = _draft(head, passage, target, ratios, None)
     return drafts, torch.stack(ratios, dim=1).numpy()
 
 
-def _draft(head: TrainableHead, passage: Passage, target: FrozenTarget, ratios: list[Tensor] | None) -> Drafts:
+def _draft(
+    head: TrainableHead, passage: Passage, target: FrozenTarget, ratios: list[Tensor] | None, seed: int | None
+) -> Drafts:
     """Along its own drafts, or, with `ratios` to fill, along the passage's tokens."""
     anchors = np.arange(passage.num_prompt, len(passage.tokens) - 1)
     blocks = build_blocks([passage], [anchors], head.config.block_size)
@@ -70,7 +77,8 @@ def _draft(head: TrainableHead, passage: Passage, target: FrozenTarget, ratios: 
         log_probs = logits.log_softmax(-1)
         best = log_probs.max(-1)
         largest.append(best.values.exp())
-        tokens.append(head.draft_vocab[best.indices])
+        drawn = best.indices if seed is None else (log_probs + _noise(head, blocks.anchors + 1 + slot, seed)).argmax(-1)
+        tokens.append(head.draft_vocab[drawn])
         label = blocks.labels[:, slot]
         if ratios is not None:
             ratios.append(_acceptance(log_probs, label, blocks.sources[:, slot], passage, head, target))
@@ -81,6 +89,12 @@ def _draft(head: TrainableHead, passage: Passage, target: FrozenTarget, ratios: 
         confidence=(torch.stack(confidence, 1) if confidence else torch.zeros(blocks.labels.shape)).numpy(),
         largest=torch.stack(largest, 1).numpy(),
     )
+
+
+def _noise(head: TrainableHead, positions: Tensor, seed: int) -> Tensor:
+    """The Gumbel noise of each drafted token at positions [anchors]: [anchors, drafted]."""
+    seeds = torch.full_like(positions, seed - (1 << 64) if seed >> 63 else seed)
+    return noise.gumbel(seeds.unsqueeze(1), positions.unsqueeze(1), head.draft_vocab.unsqueeze(0), noise.GUMBEL)
 
 
 def _acceptance(

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_serve.training.head import FrozenTarget, TrainableHead
+from dspark_serve.drafters.head_config import HeadConfig, HeadError
+from dspark_serve.models.loader import iterate_weights, read_config
+from dspark_serve.training.head import FoldedTables, FrozenTarget, MarkovTables, TrainableHead
 
 
 @torch.no_grad()
@@ -25,9 +27,11 @@ def exported_tensors(head: TrainableHead, target: FrozenTarget, full_head: Tenso
     A head without `draft_vocab_size` gets tables for the whole vocabulary: tokens it was not trained to draft have
     the shared part alone.
     """
-    tensors = {name: p for name, p in head.named_parameters() if not name.startswith(("markov.", "confidence."))}
+    tensors: dict[str, Tensor] = {
+        name: p for name, p in head.named_parameters() if not name.startswith(("markov.", "confidence."))
+    }
     config = head.config
-    if head.markov is not None:
+    if isinstance(head.markov, MarkovTables):
         incoming = target.embedding @ head.markov.in_map
         incoming[head.draft_vocab] += head.markov.in_free
         outgoing = head.markov.outgoing(target)
@@ -57,6 +61,31 @@ def export_head(
     os.replace(partial, directory / "model.safetensors")
     write_json(directory / "config.json", config)
     write_json(directory / "dspark.json", facts)
+
+
+def load_exported(directory: Path, embedding: Tensor, full_head: Tensor) -> tuple[TrainableHead, FrozenTarget]:
+    """The head as it is served, in float32, to be evaluated; embedding and full_head are the target's.
+
+    Raises LoadError or its HeadError when the directory holds no head of the trained kind.
+    """
+    config = HeadConfig.parse(read_config(directory))
+    tensors = dict(iterate_weights(directory, progress=False))
+    stored = tensors.pop("draft_vocab", None)
+    vocab = torch.arange(config.vocab_size) if stored is None else stored.long()
+    head = TrainableHead(config, vocab)
+    if config.markov_rank:
+        tables = [tensors.pop(f"markov_head.markov_w{n}.weight").float() for n in (1, 2)]
+        head.markov = FoldedTables(*tables)
+    if head.confidence is not None:
+        tensors["confidence.weight"] = tensors.pop("confidence_head.proj.weight")
+        tensors["confidence.bias"] = tensors.pop("confidence_head.proj.bias")
+    for name in ("embed_tokens.weight", "lm_head.weight"):  # copies of the target's, in heads made elsewhere
+        tensors.pop(name, None)
+    unknown = head.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
+    missing = [name for name in unknown.missing_keys if not name.startswith("markov.")]
+    if missing or unknown.unexpected_keys:
+        raise HeadError(f"{directory} lacks {missing} or has no place for {unknown.unexpected_keys}")
+    return head, FrozenTarget(embedding, full_head[vocab].contiguous())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

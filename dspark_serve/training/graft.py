@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from dspark_serve.training.target import TargetWeights
 from dspark_serve.training.update import UpdateResult, update_loss
 
 CHECKPOINT = "checkpoint.pt"
+BEST, LAST = "best", "last"
 _START_PASSAGES = 100  # for the closed-form start and the spread of the target's hidden states
 _CLIP = 1.0
 
@@ -48,7 +49,7 @@ class TrainOptions:
     evaluate_minutes: float = 10.0
     planted_heads: int | None = None  # heads of layer 0 that read the anchor, see plant.py; None: a third, if it fits
     held_out: int = 48  # conversations in the live evaluation
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.updates is None):
@@ -205,10 +206,10 @@ class Grafter:
             f"update {self.update}: held-out accepted length {result.greedy:.3f} greedy, {result.sampled:.3f} sampled; "
             f"by slot {' '.join(f'{a:.2f}' for a in result.by_slot)}"
         )
-        self.export(directory / "last", result)
+        self.export(directory / LAST, result)
         if result.greedy + result.sampled > self.best:
             self.best = result.greedy + result.sampled
-            self.export(directory / "best", result)
+            self.export(directory / BEST, result)
         return result
 
 

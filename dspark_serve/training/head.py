@@ -32,7 +32,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + self._eps
-        return x * scale.rsqrt() * self.weight
+        out: Tensor = x * scale.rsqrt() * self.weight
+        return out
 
 
 class Attention(nn.Module):
@@ -135,6 +136,22 @@ class MarkovTables(nn.Module):
         return target.head @ self.out_map + self.out_free
 
 
+class FoldedTables(nn.Module):
+    """The same tables as they are exported and served."""
+
+    def __init__(self, incoming: Tensor, outgoing: Tensor) -> None:
+        """w1 [vocab, rank] and w2 [drafted, rank]."""
+        super().__init__()
+        self.incoming = nn.Parameter(incoming, requires_grad=False)
+        self.outgoing_rows = nn.Parameter(outgoing, requires_grad=False)
+
+    def previous(self, tokens: Tensor, target: FrozenTarget, rank_of: Tensor) -> Tensor:
+        return F.embedding(tokens, self.incoming)
+
+    def outgoing(self, target: FrozenTarget) -> Tensor:
+        return self.outgoing_rows
+
+
 class TrainableHead(nn.Module):
     """Everything of a head that is trained. Parameter names are DeepSpec's except for the Markov tables."""
 
@@ -150,16 +167,15 @@ class TrainableHead(nn.Module):
         self.hidden_norm = Norm(hidden, eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = Norm(hidden, eps)
-        self.markov = MarkovTables(config, len(draft_vocab)) if config.markov_rank else None
+        self.markov: MarkovTables | FoldedTables | None = None
+        if config.markov_rank:
+            self.markov = MarkovTables(config, len(draft_vocab))
         width = hidden + (config.markov_rank if config.confidence_with_markov else 0)
         self.confidence = nn.Linear(width, 1) if config.confidence else None
         rank_of = torch.full((config.vocab_size,), -1, dtype=torch.int64)
         rank_of[draft_vocab] = torch.arange(len(draft_vocab))
-        self.register_buffer("rank_of", rank_of, persistent=False)
-        self.register_buffer("draft_vocab", draft_vocab, persistent=False)
-        cos, sin = rope_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.rank_of, self.draft_vocab = rank_of, draft_vocab
+        self.cos, self.sin = rope_table(config)
 
     def backbone(self, states: Tensor, blocks: Blocks, target: FrozenTarget) -> Tensor:
         """Hidden states of all slots after the final norm [slots, hidden]; states: [context tokens, taps * hidden]."""

@@ -94,7 +94,8 @@ def _direction(classes: Sequence[tuple[Tensor, float]]) -> Tensor:
         left += vectors.T @ vectors / len(vectors)
         right += vectors.mean(0) * value
     left.diagonal().add_(1e-3 * left.diagonal().mean())
-    return torch.linalg.solve(left, right)
+    solution: Tensor = torch.linalg.solve(left, right)
+    return solution
 
 
 def _pattern(head: TrainableHead, pairs: range, distance: int) -> Tensor:

@@ -7,7 +7,6 @@ ring of bounded size. Must not know: models, heads, losses.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ class Conversation:
     temperature: float
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    seed: int  # the noise its answer was drawn with
     finished: bool  # the answer ends with an end-of-turn token, not at the cap
     shard: int = -1
     offset: int = 0  # bytes into the shard
@@ -165,5 +165,7 @@ def shard_path(directory: Path, shard: int) -> Path:
 
 def _parse(line: bytes) -> Conversation:
     fields: dict[str, Any] = json.loads(line)
-    lists: Sequence[str] = ("prompt", "answer", "log_totals")
-    return Conversation(**{k: tuple(v) if k in lists else v for k, v in fields.items()})
+    for name in ("prompt", "answer", "log_totals"):
+        fields[name] = tuple(fields[name])
+    fields.setdefault("seed", -1)
+    return Conversation(**fields)

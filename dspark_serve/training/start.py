@@ -40,7 +40,7 @@ def warm_start(
     head.norm.weight.copy_(weights.final_norm)
     if anchor_heads:
         plant_first_layer(head, target, passages, anchor_heads)
-    if head.markov is not None:
+    if isinstance(head.markov, MarkovTables):
         _fit_markov(head, head.markov, target, passages)
     if head.confidence is not None:
         head.confidence.weight.zero_()
@@ -73,9 +73,7 @@ def _fuse_taps(head: TrainableHead, states: Tensor) -> None:
     head.fc.weight.copy_(scaled)
 
 
-def _fit_markov(
-    head: TrainableHead, markov: MarkovTables, target: FrozenTarget, passages: Sequence[Passage]
-) -> None:
+def _fit_markov(head: TrainableHead, markov: MarkovTables, target: FrozenTarget, passages: Sequence[Passage]) -> None:
     """What the token before a slot adds to what the layers say there, over all slots: a bigram model of the error."""
     inputs, errors = [], []
     for passage in passages:

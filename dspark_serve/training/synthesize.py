@@ -18,8 +18,8 @@ from dspark_serve.config import load_config
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.text import Tokenizer
-from dspark_serve.training.records import Conversation, Manifest, RecordReader, RecordWriter
 from dspark_serve.training.recorder import RecordingRunner
+from dspark_serve.training.records import Conversation, Manifest, RecordReader, RecordWriter
 from dspark_serve.training.target import TargetWeights
 from dspark_serve.training.topics import write_turn
 from dspark_serve.types import Request, SamplingParams, TokenDelta
@@ -139,6 +139,7 @@ class Synthesizer:
                 temperature=running.request.params.temperature,
                 prompt=running.request.prompt_token_ids,
                 answer=tuple(answer),
+                seed=running.request.seed,
                 finished=finished,
                 log_totals=tuple(round(value, 4) for value in log_totals),
             )

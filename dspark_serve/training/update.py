@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark_serve.training.anchors import Blocks, Passage, build_blocks, context_states
-from dspark_serve.training.head import FrozenTarget, TrainableHead
+from dspark_serve.training.head import FrozenTarget, MarkovTables, TrainableHead
 from dspark_serve.training.losses import (
     LossWeights,
     confidence_loss,
@@ -51,7 +51,7 @@ def target_probs(passages: Sequence[Passage], sources: Tensor, target: FrozenTar
 
     Exact without the rest of the vocabulary: the log of the full sum was stored when the text was written.
     """
-    unique, inverse = sources.unique(return_inverse=True)
+    unique, inverse = torch.unique(sources, return_inverse=True)
     hidden = torch.cat([p.last_hidden for p in passages])[unique]
     log_totals = torch.cat([p.log_totals for p in passages])[unique]
     return torch.mm(hidden, target.head.T).sub_(log_totals.unsqueeze(1)).exp_()[inverse]
@@ -73,6 +73,7 @@ def update_loss(
     if head.markov is not None:
         previous = head.markov.previous(blocks.previous_tokens().view(-1), target, head.rank_of)
         outgoing = head.markov.outgoing(target)
+        assert isinstance(head.markov, MarkovTables)
         combined = hidden + previous @ head.markov.out_map.T  # what the LM head reads, but for the tables' free parts
     logits = draft_logits(head, hidden, previous, outgoing, target)
     slot_weight = slot_weights(blocks.labels).view(-1)
