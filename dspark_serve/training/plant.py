@@ -17,9 +17,11 @@ from torch import Tensor
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.head import FrozenTarget, Layer, TrainableHead
 
-_NEAR = range(0, 6)  # rotary pairs that tell a distance of 1 from others, for the anchor slot
-_RECENT = range(2, 14)  # slower pairs, whose sum falls with distance: nearest context for the mask slots
-_STILL = range(20, 32)  # pairs that hardly turn within a block
+# Rotary pairs by the angle they turn per token, in radians:
+_NEAR = (0.16, 4.0)  # tell a distance of 1 from others, for the anchor slot
+_RECENT = (0.009, 0.5)  # slower: their sum falls with distance; nearest context, for the mask slots
+_TURNING = (0.009, 4.0)  # both of them
+_STILL = (0.0, 8e-4)  # hardly turn within a block
 _SHARPNESS = 2.4  # query and key norm weights
 _RIDGE = 3e-3  # of the mean variance
 _NOISE = 0.02
@@ -50,7 +52,7 @@ def plant_first_layer(
     queries, keys = [], []
     for index in range(config.heads):
         if index < local:
-            near, recent, plain = _pattern(head, _NEAR, 1), _pattern(head, _RECENT, 0), _pattern(head, range(14), 0)
+            near, recent, plain = _pattern(head, _NEAR, 1), _pattern(head, _RECENT, 0), _pattern(head, _TURNING, 0)
             # One direction, two patterns: along it the anchor is +1 and the mask -1.
             queries.append(torch.outer(near - recent, any_slot) + torch.outer(near + recent, _one(anchors, mask)))
             keys.append(torch.outer(plain, is_context))
@@ -98,16 +100,17 @@ def _direction(classes: Sequence[tuple[Tensor, float]]) -> Tensor:
     return solution
 
 
-def _pattern(head: TrainableHead, pairs: range, distance: int) -> Tensor:
-    """A vector [head_dim] in the given rotary pairs whose product with distance 0's is largest at this distance.
+def _pattern(head: TrainableHead, angles: tuple[float, float], distance: int) -> Tensor:
+    """A vector [head_dim] in the rotary pairs of these angles whose product with distance 0's peaks at this distance.
 
     A query turns forwards with its position: turning it back by `distance` moves the peak there.
     """
-    dim = head.config.head_dim
-    half = dim // 2
-    pattern = torch.zeros(dim)
-    used = torch.tensor([pair for pair in pairs if pair < half])
-    pattern[used] = 1.0
+    half = head.config.head_dim // 2
+    turn = torch.atan2(head.sin[1, :half], head.cos[1, :half]).abs()  # [half], falling
+    chosen = ((turn >= angles[0]) & (turn <= angles[1])).float()
+    if not chosen.any():  # narrow heads may lack them: the slowest pair has to do
+        chosen[-1] = 1.0
+    pattern = torch.cat([chosen, torch.zeros(half)])
     cos, sin = head.cos[distance], head.sin[distance]
     low, high = pattern[:half], pattern[half:]
     return torch.cat([low * cos[:half] + high * sin[:half], high * cos[:half] - low * sin[:half]])
