@@ -90,6 +90,11 @@ def calibration_error(predicted: Floats, happened: Flags) -> float:
     return float(np.abs(said - came).sum() / max(len(predicted), 1))
 
 
+def log_loss(predicted: Floats, happened: Flags) -> float:
+    said = np.clip(predicted, _EDGE, 1 - _EDGE)
+    return float(-np.log(np.where(happened, said, 1 - said)).mean()) if len(said) else 0.0
+
+
 def area_under_curve(score: Floats, happened: Flags) -> float:
     """Probability that something that happened scored above something that did not; ties count half."""
     positive, negative = int(happened.sum()), int((~happened).sum())
@@ -159,12 +164,13 @@ METHODS: dict[str, Callable[[Signals], Calibration]] = {
 
 
 def judge(calibration: Calibration, signals: Signals) -> dict[str, Any]:
-    """Calibration error of survival and AUC per slot."""
+    """Calibration error, log loss and AUC of survival per slot, and AUC given the slots before."""
     survival, prefix = calibration.survival(signals), signals.prefix
     conditional, reached = calibration.conditional(signals), signals.reached
     size = range(prefix.shape[1])
     return {
         "ece": [round(calibration_error(survival[:, k], prefix[:, k]), 4) for k in size],
+        "log_loss": [round(log_loss(survival[:, k], prefix[:, k]), 4) for k in size],
         "auc": [round(area_under_curve(survival[:, k], prefix[:, k]), 4) for k in size],
         "auc_conditional": [
             round(area_under_curve(conditional[reached[:, k], k], signals.accepted[reached[:, k], k]), 4) for k in size
@@ -175,7 +181,8 @@ def judge(calibration: Calibration, signals: Signals) -> dict[str, Any]:
 def calibrate(signals: Signals, has_confidence: bool = True) -> tuple[Calibration, dict[str, Any]]:
     """The best method, chosen on texts it was not fitted to and then fitted to all; and what every method measured.
 
-    Best means the smallest error summed over slots; both halves of the texts take their turn as the test.
+    Best means the smallest log loss of survival, summed over slots: calibration error alone would keep a method that
+    says the same of every draft. Both halves of the texts take their turn as the test.
     """
     half = signals.group % 2 == 0
     halves = [signals.part(half), signals.part(~half)]
@@ -184,5 +191,5 @@ def calibrate(signals: Signals, has_confidence: bool = True) -> tuple[Calibratio
     for name, fit in methods.items():
         judged = [judge(fit(train), test) for train, test in (halves, halves[::-1])]
         report[name] = {key: np.mean([j[key] for j in judged], axis=0).round(4).tolist() for key in judged[0]}
-    best = min(methods, key=lambda name: sum(report[name]["ece"]))
+    best = min(methods, key=lambda name: sum(report[name]["log_loss"]))
     return methods[best](signals), {"kept": best, "anchors": len(half), "methods": report}

@@ -29,7 +29,7 @@ from dspark_serve.training.report import calibrate_head
 from dspark_serve.training.synthesize import SynthesisOptions, synthesize
 from dspark_serve.training.target import TargetWeights
 
-RECORDS = "records"
+RECORDS, LOG = "records", "write.log"
 Say = Callable[[str], None]
 
 
@@ -70,10 +70,10 @@ def graft(options: GraftOptions, say: Say) -> Path:
     weights = TargetWeights.load(directory, options.shape.layers)
     config = head_config(options.shape, weights, directory)
     records = options.records or options.out / RECORDS
-    with _stopping() as stop, _writer(options, config, records, say):
-        _wait_for_text(records, options, stop, say)
-        if stop():
-            return options.out
+    with _stopping() as stop, _writer(options, config, records, say) as is_writing:
+        _wait_for_text(records, options, lambda: stop() or not is_writing(), say)
+        if stop() or (options.write and not is_writing()):
+            return options.out  # or an error, from the context
         source = PassageSource(records, weights, config.taps)
         resumed = (options.out / CHECKPOINT).exists()
         grafter = (
@@ -171,10 +171,13 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _writer(options: GraftOptions, config: HeadConfig, records: Path, say: Say) -> Iterator[None]:
-    """A child process in which the target writes into `records`, as long as the context lasts."""
+def _writer(options: GraftOptions, config: HeadConfig, records: Path, say: Say) -> Iterator[Callable[[], bool]]:
+    """A child process in which the target writes into `records`, as long as the context lasts; whether it still does.
+
+    Raises ValueError when it has failed.
+    """
     if not options.write:
-        yield
+        yield lambda: False
         return
     synthesis = SynthesisOptions(
         model=options.model,
@@ -186,12 +189,13 @@ def _writer(options: GraftOptions, config: HeadConfig, records: Path, say: Say) 
     process: BaseProcess = multiprocessing.get_context("spawn").Process(target=write, args=(synthesis, records))
     process.start()
     try:
-        yield
+        yield process.is_alive
     finally:
+        failed = process.exitcode  # None while it runs
         process.terminate()
         process.join()
-    if process.exitcode not in (0, -signal.SIGTERM):
-        say(f"the writing process ended with code {process.exitcode}")
+    if failed:
+        raise ValueError(f"the target could not write (exit code {failed}); {records / LOG} and stderr say why")
 
 
 def write(options: SynthesisOptions, records: Path, max_tokens: int | None = None) -> None:
@@ -199,7 +203,7 @@ def write(options: SynthesisOptions, records: Path, max_tokens: int | None = Non
     torch.set_num_threads(1)
     os.nice(5)  # training is the half that must not wait
     records.mkdir(parents=True, exist_ok=True)
-    with _stopping() as stop, (records / "write.log").open("a", encoding="utf-8", buffering=1) as log:
+    with _stopping() as stop, (records / LOG).open("a", encoding="utf-8", buffering=1) as log:
         parent = os.getppid()
 
         def say(line: str) -> None:
@@ -209,7 +213,7 @@ def write(options: SynthesisOptions, records: Path, max_tokens: int | None = Non
 
 
 def _wait_for_text(records: Path, options: GraftOptions, stop: Callable[[], bool], say: Say) -> None:
-    """Until there is enough to start from. A directory that nobody writes to is taken as it is."""
+    """Until there is enough to start from, or `stop`. A directory that nobody writes to is taken as it is."""
     told = 0.0
     while options.write and not stop():
         tokens = 0

@@ -74,6 +74,7 @@ class Synthesizer:
         self._runner = RecordingRunner(engine.runner, options.layers)
         engine.runner = self._runner
         self._eos = frozenset(engine.info.eos_token_ids)
+        self._longest = engine.info.max_model_len
         self._running: dict[str, _Running] = {}
         self.answer_tokens = 0
         self.drawn_tokens = 0
@@ -108,7 +109,7 @@ class Synthesizer:
             temperatures, shares = zip(*TEMPERATURES, strict=True)
             temperature = draw.choices(temperatures, weights=shares)[0]
             params = SamplingParams(temperature=temperature, max_tokens=self._options.max_answer_tokens)
-        if len(prompt) > self._options.max_prompt_tokens:
+        if len(prompt) > self._options.max_prompt_tokens or len(prompt) + (params.max_tokens or 0) > self._longest:
             return
         request = Request(
             request_id=f"{turn.index}{'t' if turn.is_open else 'a'}",
@@ -231,8 +232,7 @@ def synthesize(
 
 
 def recording_engine(options: SynthesisOptions) -> tuple[Engine, Tokenizer]:
-    """An engine without speculation whose K/V pool holds all rows at full length, and the target's tokenizer."""
-    longest = options.max_prompt_tokens + max(options.max_answer_tokens, options.max_turn_tokens)
+    """An engine without speculation, and the target's tokenizer. Raises ValueError when there is none."""
     config = load_config(
         {
             "model": options.model,
@@ -240,7 +240,6 @@ def recording_engine(options: SynthesisOptions) -> tuple[Engine, Tokenizer]:
             "enable_prefix_caching": False,
             "max_num_seqs": options.rows,
             "max_num_batched_tokens": max(512, 2 * options.rows),
-            "max_model_len": longest,
             "kv_cache_gib": options.kv_cache_gib,
         }
     )
