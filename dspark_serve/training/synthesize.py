@@ -56,6 +56,7 @@ class Turn:
     kind: str
     messages: tuple[dict[str, str], ...]
     is_open: bool = False
+    temperature: float | None = None  # None: drawn from TEMPERATURES
 
 
 @dataclass
@@ -107,7 +108,8 @@ class Synthesizer:
         else:
             prompt = self._tokenizer.encode_chat(turn.messages)
             temperatures, shares = zip(*TEMPERATURES, strict=True)
-            temperature = draw.choices(temperatures, weights=shares)[0]
+            drawn = draw.choices(temperatures, weights=shares)[0]
+            temperature = drawn if turn.temperature is None else turn.temperature
             params = SamplingParams(temperature=temperature, max_tokens=self._options.max_answer_tokens)
         if len(prompt) > self._options.max_prompt_tokens or len(prompt) + (params.max_tokens or 0) > self._longest:
             return

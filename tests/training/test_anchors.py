@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_head import passage, target_weights
 
 from dspark_serve.training.anchors import build_blocks, choose_anchors, context_states
-
-from tiny_head import passage, target_weights
 
 WEIGHTS = target_weights()
 

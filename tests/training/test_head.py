@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_head import head_config, passage, random_head, slow_block, target_weights
 
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.models.loader import read_config
 from dspark_serve.training.anchors import build_blocks, context_states
 from dspark_serve.training.evaluate import draft_passage
 from dspark_serve.training.export import export_head, load_exported
-
-from tiny_head import head_config, passage, random_head, slow_block, target_weights
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
