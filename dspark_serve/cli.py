@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import time
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from dspark_serve.config import ConfigError, leaves, load_config, unknown_variables
+
+_MODEL_HELP = "Catalog name, local directory, GGUF file or hub id."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +66,67 @@ def version() -> None:
     from importlib.metadata import version as of
 
     print(f"dspark-serve {of('dspark-serve')} (torch {of('torch')}, transformers {of('transformers')})")
+
+
+@app.command()
+def graft(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    out: Annotated[Path, typer.Option(help="Directory of the run: its text, checkpoint and heads.")],
+    minutes: Annotated[float | None, typer.Option(help="Length of the run; 60 unless --updates is given.")] = None,
+    updates: Annotated[int | None, typer.Option(help="Length of the run in updates instead.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with OpenAI messages to answer.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Directory of text that is written already, or shared.")] = None,
+    write: Annotated[bool, typer.Option(help="Let the target write text while the head trains.")] = True,
+    variant: Annotated[str, typer.Option(help="dspark, or dflash: without Markov and confidence heads.")] = "dspark",
+    layers: Annotated[int, typer.Option(min=1, help="Draft layers.")] = 2,
+    rank: Annotated[int, typer.Option(min=0, help="Of the Markov head.")] = 64,
+    gamma: Annotated[int, typer.Option(min=1, help="Drafts per round (block_size).")] = 5,
+    taps: Annotated[str | None, typer.Option(help="Target layers to read, as 4,12,20.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Draft K/V heads; default: as many as query heads.")] = None,
+    draft_vocab: Annotated[int, typer.Option(min=0, help="Frequent tokens that can be drafted; 0: all.")] = 4096,
+    mask_token: Annotated[int | None, typer.Option(help="Token id that fills a block.")] = None,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Same seed, text and --updates: same head, with --no-write.")] = 0,
+) -> None:
+    """Train a draft head for MODEL on text that MODEL writes itself, then calibrate it. Started again, it goes on.
+
+    SIGTERM or Ctrl-C saves a checkpoint first. OUT/best is the head to serve with.
+    """
+    from dspark_serve.models.catalog import LoadError
+    from dspark_serve.training.command import GraftOptions, HeadShape
+    from dspark_serve.training.command import graft as run
+    from dspark_serve.training.graft import TrainOptions
+    from dspark_serve.training.schedule import Schedule
+
+    try:
+        wanted = tuple(sorted(int(tap) for tap in taps.split(","))) if taps else None
+        shape = HeadShape(variant, layers, rank, gamma, wanted, kv_heads, draft_vocab or None, mask_token)
+        length = 60.0 if minutes is None and updates is None else minutes
+        train = TrainOptions(minutes=length, updates=updates, seed=seed, schedule=Schedule(learning_rate=learning_rate))
+        options = GraftOptions(model, out, train, shape, records=records, write=write, data=data)
+        print(f"head: {run(options, _say)}")
+    except (LoadError, ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    head: Annotated[Path, typer.Option(help="Directory of the head; its dspark.json is rewritten.")],
+    records: Annotated[Path, typer.Option(help="Text that MODEL wrote, as `graft` keeps it in OUT/records.")],
+) -> None:
+    """Fit the confidence of a trained head to held-out text again, and report what it is worth."""
+    from dspark_serve.models.catalog import LoadError
+    from dspark_serve.training.command import recalibrate
+
+    try:
+        recalibrate(model, head, records, _say)
+    except (LoadError, ValueError, OSError) as error:
+        _fail(error)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def _serve_signature() -> inspect.Signature:

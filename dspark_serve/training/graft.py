@@ -1,0 +1,249 @@
+"""The training loop: a head for a target from its recorded conversations, while more of them may be arriving.
+
+Small updates, one thread. A checkpoint holds everything that the next update depends on, so a resumed run equals an
+uninterrupted one. Must not know: how the conversations were written, the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.training.anchors import Passage, choose_anchors
+from dspark_serve.training.evaluate import Score, score
+from dspark_serve.training.export import export_head
+from dspark_serve.training.head import FrozenTarget, TrainableHead
+from dspark_serve.training.passages import Order, PassageSource, frequent_tokens
+from dspark_serve.training.records import Conversation
+from dspark_serve.training.schedule import Schedule
+from dspark_serve.training.start import warm_start
+from dspark_serve.training.target import TargetWeights
+from dspark_serve.training.update import UpdateResult, update_loss
+
+CHECKPOINT = "checkpoint.pt"
+BEST, LAST = "best", "last"
+_START_PASSAGES = 100  # for the closed-form start and the spread of the target's hidden states
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A run ends after `minutes` of wall time over all its processes, or after `updates`; one of them is given."""
+
+    minutes: float | None = None
+    updates: int | None = None
+    seed: int = 0
+    passages_per_update: int = 2
+    anchors_per_passage: int = 64
+    trained_tokens: int = 4096  # the LM head in training, when the head has the whole vocabulary
+    checkpoint_minutes: float = 5.0
+    evaluate_minutes: float = 10.0
+    planted_heads: int | None = None  # heads of layer 0 that read the anchor, see plant.py; None: a third, if it fits
+    held_out: int = 48  # conversations in the live evaluation
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.updates is None):
+            raise ValueError("give either minutes or updates")
+
+
+class Grafter:
+    """A head in training. Make one with `create` or `resume`, then `run`."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        source: PassageSource,
+        weights: TargetWeights,
+        head: TrainableHead,
+        spread: Tensor,  # [hidden], see regression_loss
+    ) -> None:
+        self.options, self.source, self.weights, self.head = options, source, weights, head
+        self.target = FrozenTarget(weights.embedding, weights.head[head.draft_vocab].contiguous())
+        self.spread = spread
+        self.optimizer = torch.optim.AdamW(
+            head.parameters(), lr=options.schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        self.order = Order()
+        self.draw = np.random.default_rng(options.seed)
+        self.update = 0
+        self.anchors = 0
+        self.elapsed_s = 0.0
+        self.best = 0.0
+        self.history: list[dict[str, Any]] = []
+
+    @staticmethod
+    def create(options: TrainOptions, source: PassageSource, weights: TargetWeights, config: HeadConfig) -> Grafter:
+        """A new head at its starting weights. `weights` must hold the target's last config.num_layers layers."""
+        torch.manual_seed(options.seed)
+        size = config.draft_vocab_size or min(options.trained_tokens, config.vocab_size)
+        vocab = frequent_tokens(source.training, size, config.vocab_size)
+        head = TrainableHead(config, vocab)
+        passages = [source.load(c) for c in source.training[:_START_PASSAGES]]
+        spread = torch.cat([p.last_hidden[p.num_prompt :] for p in passages]).std(0)
+        grafter = Grafter(options, source, weights, head, spread)
+        warm_start(head, weights, grafter.target, passages, _planted_heads(options, head))
+        return grafter
+
+    @staticmethod
+    def resume(options: TrainOptions, source: PassageSource, weights: TargetWeights, directory: Path) -> Grafter:
+        """From the checkpoint in `directory`, under `options`, which may extend the run."""
+        saved = torch.load(directory / CHECKPOINT, weights_only=False)
+        head = TrainableHead(HeadConfig.parse(saved["config"]), saved["draft_vocab"])
+        head.load_state_dict(saved["head"])
+        grafter = Grafter(options, source, weights, head, saved["spread"])
+        grafter.optimizer.load_state_dict(saved["optimizer"])
+        grafter.order = Order(saved["seen"], saved["queue"])
+        grafter.draw.bit_generator.state = saved["draw"]
+        for name in ("update", "anchors", "elapsed_s", "best", "history"):
+            setattr(grafter, name, saved[name])
+        return grafter
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".{CHECKPOINT}.partial"
+        state = {
+            "config": self.head.config.to_dict(),
+            "draft_vocab": self.head.draft_vocab,
+            "head": self.head.state_dict(),
+            "spread": self.spread,
+            "optimizer": self.optimizer.state_dict(),
+            "seen": sorted(self.order.seen),
+            "queue": self.order.queue,
+            "draw": self.draw.bit_generator.state,
+            **{name: getattr(self, name) for name in ("update", "anchors", "elapsed_s", "best", "history")},
+        }
+        torch.save(state, partial)
+        os.replace(partial, directory / CHECKPOINT)
+
+    @property
+    def progress(self) -> float:
+        if self.options.updates is not None:
+            return self.update / self.options.updates
+        assert self.options.minutes is not None
+        return self.elapsed_s / (60 * self.options.minutes)
+
+    def step(self) -> UpdateResult:
+        """One update of all weights."""
+        passages = [self._next_passage() for _ in range(self.options.passages_per_update)]
+        anchors = [choose_anchors(p, self.options.anchors_per_passage, self.draw) for p in passages]
+        schedule, progress = self.options.schedule, self.progress
+        result = update_loss(self.head, passages, anchors, self.target, schedule.weights(progress), self.spread)
+        self.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.rate(self.update, progress)
+        self.optimizer.step()
+        self.update += 1
+        self.anchors += result.anchors
+        return result
+
+    def _next_passage(self) -> Passage:
+        """A passage with at least one anchor, whose states have not been dropped meanwhile."""
+        while True:
+            conversation = self.order.next(self.source.training, self.draw)
+            try:
+                passage = self.source.load(conversation)
+            except FileNotFoundError:
+                self.source.reader.refresh()
+                continue
+            if passage.num_prompt < len(passage.tokens) - 1:
+                return passage
+
+    def evaluate(self) -> Score:
+        """On the first held-out conversations, the same ones every time."""
+        chosen: list[Conversation] = self.source.held_out[: self.options.held_out]
+        return score(self.head, ((c.temperature, self.source.load(c)) for c in chosen), self.target)
+
+    def export(self, directory: Path, result: Score) -> None:
+        facts = {
+            "target_fingerprint": self.weights.fingerprint,
+            "expected_accepted_length": {"greedy": result.greedy, "sampled": result.sampled},
+            "training": {
+                "updates": self.update,
+                "anchors": self.anchors,
+                "conversations": len(self.order.seen),
+                "hours": self.elapsed_s / 3600,
+                "options": asdict(self.options),
+            },
+        }
+        export_head(directory, self.head, self.target, self.weights.head, facts)
+
+    def run(self, directory: Path, stop: Callable[[], bool], report: Callable[[str], None]) -> Score:
+        """Until the budget is spent or `stop` says so. Keeps a checkpoint, the best head so far and the last one."""
+        watch = _Watch(self, report)
+        begun, before = time.monotonic(), self.elapsed_s
+        saved = evaluated = begun
+        result = None
+        while self.progress < 1 and not stop():
+            watch.add(self.step())
+            now = time.monotonic()
+            self.elapsed_s = before + now - begun
+            if now - saved > 60 * self.options.checkpoint_minutes:
+                self.save(directory)
+                self.source.reader.refresh()
+                saved = now
+            if now - evaluated > 60 * self.options.evaluate_minutes:
+                result = self._judge(directory, report)
+                evaluated = time.monotonic()
+        self.save(directory)
+        return self._judge(directory, report) if not stop() or result is None else result
+
+    def _judge(self, directory: Path, report: Callable[[str], None]) -> Score:
+        result = self.evaluate()
+        self.history.append({"update": self.update, "anchors": self.anchors, **asdict(result)})
+        report(
+            f"update {self.update}: held-out accepted length {result.greedy:.3f} greedy, {result.sampled:.3f} sampled; "
+            f"by slot {' '.join(f'{a:.2f}' for a in result.by_slot)}"
+        )
+        self.export(directory / LAST, result)
+        if result.greedy + result.sampled > self.best:
+            self.best = result.greedy + result.sampled
+            self.export(directory / BEST, result)
+        return result
+
+
+def _planted_heads(options: TrainOptions, head: TrainableHead) -> int:
+    """Planting needs a key/value head per head, and heads on both sides."""
+    if options.planted_heads is not None:
+        return options.planted_heads
+    return head.config.heads // 3 if head.config.kv_heads == head.config.heads else 0
+
+
+class _Watch:
+    """Averages what an update says and reports it now and then."""
+
+    def __init__(self, grafter: Grafter, report: Callable[[str], None], every_s: float = 30.0) -> None:
+        self._grafter, self._report, self._every_s = grafter, report, every_s
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._anchors = time.monotonic(), 0
+        self._losses: list[float] = []
+        self._lengths: list[float] = []
+
+    def add(self, result: UpdateResult) -> None:
+        self._losses.append(float(result.loss.detach()))
+        self._lengths.append(result.accepted_length)
+        self._anchors += result.anchors
+        seconds = time.monotonic() - self._since
+        if seconds < self._every_s:
+            return
+        g = self._grafter
+        left = g.elapsed_s * (1 / max(g.progress, 1e-6) - 1) / 60
+        self._report(
+            f"{g.progress:6.1%} update {g.update} | {self._anchors / seconds:.0f} anchors/s | "
+            f"loss {np.mean(self._losses):.4f} | accepted {np.mean(self._lengths):.3f} (sampled, training) | "
+            f"{len(g.order.seen)} conversations | {left:.0f} min left"
+        )
+        self._begin()
