@@ -125,6 +125,36 @@ def calibrate(
         _fail(error)
 
 
+@app.command("check-lossless")
+def check_lossless(
+    url: Annotated[str, typer.Option(help="The server to check.")] = "http://127.0.0.1:8000",
+    against: Annotated[
+        str | None,
+        typer.Option(help="A server of the same model without speculation; default: switch it off per request."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Bearer token of both.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name in the API; default: the server's first.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of the compared answers.")] = 64,
+    draws: Annotated[int, typer.Option(min=20, help="Samples per side of the distribution test.")] = 200,
+    rejection: Annotated[bool, typer.Option(help="The server promises the distribution, not the text.")] = False,
+) -> None:
+    """Ask a running server with speculation on and off, and say whether its answers are the same.
+
+    Exit code 0: lossless; 1: not, or the server could not be asked.
+    """
+    import asyncio
+
+    from dspark_serve.lossless import CheckError, check
+
+    try:
+        report = asyncio.run(check(url, against, api_key, model, max_tokens, draws, rejection))
+    except CheckError as error:
+        _fail(error)
+    for line in report.lines():
+        print(line)
+    raise SystemExit(0 if report.lossless else 1)
+
+
 def _say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 

@@ -64,7 +64,8 @@ class EngineConfig(Section):
 class SpeculationConfig(Section):
     method: Literal["ngram", "none", "dspark", "dflash", "eagle3", "portfolio"] | None = Field(
         default=None,
-        description="The drafter; portfolio: a head and prompt lookup together. Default: the head's kind, else ngram.",
+        description="The drafter; portfolio: a head and prompt lookup together. Default: the head's kind; without "
+        "--head a portfolio where one comes with the model, else ngram.",
     )
     head: str | None = Field(
         default=None, description="Draft head in DeepSpec format (DSpark, DFlash, EAGLE-3): directory or hub id."

@@ -27,8 +27,9 @@ from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.engine.self_test import run_self_test
 from dspark_serve.models.base import ModelInfo, TargetModel
+from dspark_serve.models.catalog import CATALOG
 from dspark_serve.models.invariance import row_variance
-from dspark_serve.models.loader import generation_defaults, load_model, resolve
+from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_model, resolve
 from dspark_serve.speculation.budget import Budget, FixedBudget, KeepAll
 from dspark_serve.types import EngineInfo
 
@@ -61,6 +62,7 @@ def build_engine(config: Config) -> Engine:
     resolved = resolve(config.model.model, trust)
     model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
+    config = config.model_copy(update={"speculation": with_shipped_head(config.speculation, resolved)})
     plan = plan_drafter(config.speculation, model)
     warnings: tuple[str, ...] = ()
     if plan.num_bytes and config.speculation.head_self_test:
@@ -111,6 +113,14 @@ def _tested(
     for sentence in warnings:
         logger.warning(sentence)
     return (DRAFTERS["none"](config.speculation, model) if result.worthless and not insisted else plan), warnings
+
+
+def with_shipped_head(config: SpeculationConfig, resolved: ResolvedModel) -> SpeculationConfig:
+    """A catalog model drafts with the head that comes along, beside prompt lookup, unless another choice was made."""
+    shipped = CATALOG[resolved.name].head_dir if resolved.source == "catalog" else None
+    if shipped is None or config.head is not None or config.budget == "off" or config.method in ("ngram", "none"):
+        return config
+    return config.model_copy(update={"head": str(shipped), "method": config.method or "portfolio"})
 
 
 def plan_drafter(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:

@@ -45,6 +45,11 @@ class CatalogEntry:
     member_bytes: int
     member_sha256: str
     licence: str
+    head: str | None = None  # the draft head that comes with this package: a directory of heads/
+
+    @property
+    def head_dir(self) -> Path | None:
+        return None if self.head is None else Path(__file__).parents[1] / "heads" / self.head
 
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -58,6 +63,7 @@ CATALOG: dict[str, CatalogEntry] = {
             member_bytes=98_362_432,
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             licence="Apache-2.0",
+            head="smollm2-135m-instruct",
         ),
     )
 }

@@ -354,3 +354,48 @@ def test_golden_vectors_through_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     for r, n in enumerate(verdict.n_accepted.tolist()):
         assert verdict.tokens[r, :n].tolist() == drafts[r, :n].tolist()
         assert data["next_token_dist"][r, verdict.tokens[r, n]] > 0
+
+
+# --- the paper's Appendix A: what a budget may look at ---------------------------------------------------------------
+
+SPEED = (1.0, 0.5, 0.45)  # steps per second at 1, 2 and 3 tokens
+TARGET_A, ROWS = 0.7, 4000
+
+
+def best_of_the_curve(first_draft: int, looks_ahead: bool) -> int:
+    """Drafts kept for one request: survival 0.8 for the first, and for the second 0.9 of that or nothing, by what the
+    first one is. A causal budget stops at the first draft that does not pay; the other one sees both and picks."""
+    expected = (1.0, 1.8, 1.8 + 0.8 * (0.9 if first_draft == 0 else 0.0))
+    rates = [tokens * speed for tokens, speed in zip(expected, SPEED, strict=True)]
+    if looks_ahead:
+        return int(np.argmax(rates))
+    return next((kept for kept in (0, 1) if rates[kept + 1] <= rates[kept]), 2)
+
+
+def first_tokens(looks_ahead: bool, mode: VerifyMode) -> Tensor:
+    """The first token of many requests whose target says A with 0.7, drafted by fair coins."""
+    first = torch.randint(0, 2, (ROWS,), generator=torch.Generator().manual_seed(1)).tolist()
+    drafts = [[token, 0][: best_of_the_curve(token, looks_ahead)] for token in first]
+    width = max(map(len, drafts))
+    probs = torch.full((ROWS, width, 2), 0.5) if width else None
+    batch = step_batch(drafts, [1.0] * ROWS, draft_probs=probs)
+    logits = torch.tensor([TARGET_A, 1 - TARGET_A]).log().expand(batch.num_samples, 2).contiguous()
+    return verify(logits, batch, mode).tokens[:, 0]
+
+
+def p_value(tokens: Tensor) -> float:
+    counts = torch.bincount(tokens, minlength=2).tolist()
+    return float(stats.chisquare(counts, [TARGET_A * ROWS, (1 - TARGET_A) * ROWS]).pvalue)
+
+
+def test_a_budget_that_looks_ahead_biases_rejection() -> None:
+    biased = first_tokens(looks_ahead=True, mode="rejection")
+    assert p_value(biased) < 1e-20
+    assert abs(float((biased == 0).float().mean()) - 0.85) < 0.02  # the figure of the paper
+    assert p_value(first_tokens(looks_ahead=False, mode="rejection")) > 1e-3
+
+
+def test_a_budget_may_look_ahead_in_coupled_mode() -> None:
+    ahead = first_tokens(looks_ahead=True, mode="coupled")
+    assert torch.equal(ahead, first_tokens(looks_ahead=False, mode="coupled"))
+    assert p_value(ahead) > 1e-3
