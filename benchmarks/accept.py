@@ -12,8 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dspark_serve.models.catalog import CATALOG  # isort: skip  (before torch: the package decides how threads wait)
+
 import numpy as np
 import torch
+from common import facts, write_json
 
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.models.loader import read_config, resolve
@@ -119,27 +122,29 @@ def _table(by_set: dict[str, list[np.ndarray]], size: int) -> dict[str, dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--head", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--head", type=Path, help="default: the head that comes with the model")
+    parser.add_argument("--prompts", type=Path, required=True, help=f"directory of {', '.join(SETS)} as .jsonl")
     parser.add_argument("--records", type=Path, help="keep the target's answers here, and use them when they are there")
     parser.add_argument("--quick", action="store_true", help="5 prompts of each set instead of 20")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    head = options.head or CATALOG[options.model].head_dir
     torch.set_num_threads(1)
     weights = TargetWeights.load(resolve(options.model).path)
-    taps = HeadConfig.parse(read_config(options.head)).taps
+    taps = HeadConfig.parse(read_config(head)).taps
     with tempfile.TemporaryDirectory() as temporary:
         records = options.records or Path(temporary)
         if not (records / "conversations.jsonl").exists():
             answer(options.model, weights, taps, options.prompts, 5 if options.quick else 20, records)
-        result = measure(options.head, weights, PassageSource(records, weights, taps))
+        result = measure(head, weights, PassageSource(records, weights, taps))
     columns = [*SETS, "mean"]
     print(f"{'accepted length':20}" + "".join(f"{name:>11}" for name in columns))
     for mode, table in result.items():
         cells = [table[name]["accepted_length"] if name in table else float("nan") for name in columns]
         print(f"{mode:20}" + "".join(f"{cell:11.3f}" for cell in cells))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    about = facts()
+    print(about)
+    write_json(options.json, {"facts": about, "accepted": result})
 
 
 if __name__ == "__main__":
