@@ -68,7 +68,10 @@ def build_engine(config: Config) -> Engine:
     if plan.num_bytes and config.speculation.head_self_test:
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
     num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
-    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, warnings)
+    engine = _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, warnings)
+    # Checked once, and not for the self-test's engine: it takes seconds.
+    engine.info = replace(engine.info, row_invariant=row_variance(model, config.cache.page_size) is None)
+    return engine
 
 
 def _assemble(
@@ -192,7 +195,7 @@ def _engine_info(
         drafter=plan.name,
         num_speculative_tokens=scheduler.draft_width,
         verify_mode=config.speculation.verify_mode,
-        row_invariant=row_variance(model, store.page_size) is None,
+        row_invariant=False,
         eos_token_ids=generation_defaults(Path(path)).eos_token_ids,
         budget=config.speculation.budget,
         head=config.speculation.head if plan.num_bytes else None,
