@@ -348,3 +348,9 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading positions at which a and b agree."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def signed_seed(seed: int) -> int:
+    """A 64-bit seed as the int64 with the same bits: what tensors hold."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed

@@ -16,7 +16,7 @@ from torch import Tensor
 from dspark_kernels import noise
 from dspark_serve.sampling import argmax, draw, draw_target, target_probs, target_support
 from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
-from dspark_serve.types import Row, VerifyMode
+from dspark_serve.types import Row, VerifyMode, signed_seed
 
 _KEY_MULTIPLE = 32  # context is padded to this: fewer shapes, and the same bits for neighbouring lengths
 
@@ -58,7 +58,7 @@ class DraftRows:
                 top_k=move([max(p.top_k, 0) for p in params], np.int64),
                 top_p=move([p.top_p for p in params], np.float32),
                 min_p=move([p.min_p for p in params], np.float32),
-                seed=move([_signed(row.request.seed) for row in rows], np.int64),
+                seed=move([signed_seed(row.request.seed) for row in rows], np.int64),
                 position=move(start + 1, np.int64),
                 all_greedy=all(p.greedy for p in params),
                 any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
@@ -126,9 +126,3 @@ def committed(batch: StepBatch, verdict: Verdict) -> Tensor:
     first = lens.cumsum(0) - lens
     stay = first + lens - kept + verdict.n_accepted  # [rows] index after the row's last token that stays
     return (torch.arange(total, device=device) < stay.repeat_interleave(lens)).nonzero().squeeze(1)
-
-
-def _signed(seed: int) -> int:
-    """The 64-bit seed as the int64 with the same bits."""
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed

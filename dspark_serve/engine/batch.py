@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_serve.tensors import Penalties, Proposal, SamplingBatch, StepBatch
-from dspark_serve.types import Plan, Row
+from dspark_serve.types import Plan, Row, signed_seed
 
 _NEVER = float("-inf")
 
@@ -109,7 +109,7 @@ class Batcher:
         # One matrix per type: building and moving arrays is what a step's host time goes into.
         numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32).repeat(repeat, axis=0)
         whole = np.array(
-            [(max(row.request.params.top_k, 0), _signed(row.request.seed), row.start + row.length) for row in rows],
+            [(max(row.request.params.top_k, 0), signed_seed(row.request.seed), row.start + row.length) for row in rows],
             dtype=np.int64,
         ).repeat(repeat, axis=0)
         whole[:, 2] += within
@@ -214,9 +214,3 @@ def _num_scores(row: Row) -> int:
     if request.params.prompt_logprobs is None:
         return 0
     return max(0, min(row.start + row.length, request.num_prompt - 1) - request.num_scored)
-
-
-def _signed(seed: int) -> int:
-    """The 64-bit seed as the int64 with the same bits."""
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed

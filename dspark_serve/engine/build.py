@@ -68,10 +68,8 @@ def build_engine(config: Config) -> Engine:
     if plan.num_bytes and config.speculation.head_self_test:
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
     num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
-    engine = _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, warnings)
-    # Checked once, and not for the self-test's engine: it takes seconds.
-    engine.info = replace(engine.info, row_invariant=row_variance(model, config.cache.page_size) is None)
-    return engine
+    invariant = row_variance(model, config.cache.page_size) is None
+    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings)
 
 
 def _assemble(
@@ -81,6 +79,7 @@ def _assemble(
     plan: DrafterPlan,
     max_model_len: int,
     num_pages: int,
+    row_invariant: bool,
     warnings: tuple[str, ...] = (),
 ) -> Engine:
     page_size = config.cache.page_size
@@ -97,7 +96,8 @@ def _assemble(
         draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    info = replace(_engine_info(config, path, model, store, scheduler, plan), warnings=warnings)
+    info = _engine_info(config, path, model, store, scheduler, plan)
+    info = replace(info, row_invariant=row_invariant, warnings=warnings)
     runner = Runner(model, store, drafter.taps)
     budget = _budget(config.speculation.budget)
     return Engine(info, scheduler, drafter, budget, Batcher(page_size, model.device), runner)
@@ -109,7 +109,8 @@ def _tested(
     """The plan to serve with, and what to warn of, after a self-test on a small pool of its own."""
     assert config.speculation.head is not None
     num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
-    engine = _assemble(config, path, model, plan, max_model_len, num_pages)
+    # Nobody asks this engine whether its arithmetic is row-invariant, and finding out takes a while.
+    engine = _assemble(config, path, model, plan, max_model_len, num_pages, row_invariant=False)
     result = run_self_test(engine, resolve(config.speculation.head).path)
     insisted = config.speculation.budget.startswith("fixed:")
     warnings = result.warnings(config.speculation.head, insisted)

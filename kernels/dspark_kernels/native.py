@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
 
@@ -228,8 +231,11 @@ def load(name: str | None = None) -> Kernels | None:
             names.insert(0, "avx512")
     for wanted in names:
         for path in sorted(Path(__file__).parent.glob(f"_cpu_{wanted}.*")):
-            _share_openmp()
-            return Kernels(ctypes.CDLL(str(path)))
+            try:
+                _share_openmp()
+                return Kernels(ctypes.CDLL(str(path)))
+            except OSError as error:  # an OpenMP runtime that is not there, a library of another machine
+                logger.warning("the C++ kernels are built but cannot be loaded, torch serves instead: %s", error)
     return None
 
 

@@ -41,16 +41,6 @@ struct Attention {  // mirrored by native.py
     float scale, softcap, eps;  // softcap 0: none
 };
 
-void norm_head(float* x, const float* weight, int64_t width, float eps) {
-    Vec squares = broadcast(0.0f);
-    for (int64_t i = 0; i < width; i += LANES) {
-        Vec v = load(x + i);
-        squares = fma(v, v, squares);
-    }
-    Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps));
-    for (int64_t i = 0; i < width; i += LANES) store(x + i, mul(mul(load(x + i), scale), load(weight + i)));
-}
-
 // Half-split rotation: x1 cos - x2 sin, x2 cos + x1 sin. head_dim / 2 need not fill vectors.
 void rotate_head(float* x, const float* cosine, const float* sine, int64_t width) {
     int64_t half = width / 2, i = 0;
@@ -73,7 +63,7 @@ void prepare(const Attention& a, int64_t token) {
         bool query = head < a.heads;
         float* x = query ? q + head * a.head_dim : k + (head - a.heads) * a.head_dim;
         const float* norm = query ? a.q_norm : a.k_norm;
-        if (norm) norm_head(x, norm, a.head_dim, a.eps);
+        if (norm) rms_norm(x, norm, x, a.head_dim, a.eps);
         if (a.cosine) {
             int64_t at = a.positions[token] * a.table_stride;
             rotate_head(x, a.cosine + at, a.sine + at, a.head_dim);

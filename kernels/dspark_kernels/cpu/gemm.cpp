@@ -27,16 +27,6 @@ struct Product {  // mirrored by native.py
     float eps;
 };
 
-void rms_norm(const float* x, const float* weight, float* out, int64_t width, float eps) {
-    Vec squares = broadcast(0.0f);
-    for (int64_t i = 0; i < width; i += LANES) {
-        Vec v = load(x + i);
-        squares = fma(v, v, squares);
-    }
-    Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps));
-    for (int64_t i = 0; i < width; i += LANES) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
-}
-
 // silu(gate) * up
 inline Vec gated(Vec gate, Vec up) {
     Vec bottom = add(broadcast(1.0f), exponential(sub(broadcast(0.0f), gate)));
@@ -145,6 +135,7 @@ int64_t dspark_packed_size(int64_t outputs, int64_t inputs, int64_t gated) {
 
 void dspark_pack(const float* weight, float* packed, int64_t outputs, int64_t inputs, int64_t gated) {
     int64_t panels = dspark_packed_size(outputs, inputs, gated) / (PANEL * inputs);
+#pragma omp parallel for
     for (int64_t panel = 0; panel < panels; panel++) {
         for (int64_t lane = 0; lane < PANEL; lane++) {
             int64_t half = outputs / 2, column = panel * PANEL + lane, limit = outputs;

@@ -193,4 +193,15 @@ inline Vec exponential(Vec x) {
     return mul(p, power_of_two(n));
 }
 
+// RMSNorm of `width` floats, a multiple of LANES; `out` may be x.
+inline void rms_norm(const float* x, const float* weight, float* out, int64_t width, float eps) {
+    Vec squares = broadcast(0.0f);
+    for (int64_t i = 0; i < width; i += LANES) {
+        Vec v = load(x + i);
+        squares = fma(v, v, squares);
+    }
+    Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps));
+    for (int64_t i = 0; i < width; i += LANES) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+}
+
 }  // namespace dspark
