@@ -35,7 +35,7 @@ def plan_from_tensors(
     """The same for a head in memory: one that is being trained, or made up by a test."""
     info = target.info
     config.check_target(info.vocab_size, info.hidden_size, info.num_layers)
-    return _plan(config, HeadWeights(tensors, info.dtype, target.device), target, mode, width)
+    return _plan(config, HeadWeights(tensors, target), target, mode, width)
 
 
 @torch.inference_mode()

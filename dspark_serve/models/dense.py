@@ -258,6 +258,7 @@ class DenseModel:
             max_model_len=config.usable_positions,
             kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
             dtype=embed.dtype,
+            native=ops.kernels is not None,
             backend=ops.name,
         )
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_kernels import native
 from dspark_serve.config import ConfigError, load_config
 from dspark_serve.drafters.head_config import HeadError
 from dspark_serve.drafters.heads import plan_head
 from dspark_serve.engine.build import build_engine
 from dspark_serve.llm import LLM, SamplingParams
+from dspark_serve.models.loader import load_model, resolve
 from dspark_serve.types import SpeculationParams
 from tests.drafters.golden import GOLDENS, golden_runs, golden_target
 
@@ -45,6 +47,21 @@ def test_a_head_by_its_directory(plain):
         assert sum(stats.per_step_accepted) == stats.num_accepted_tokens > 0
         assert sum(stats.per_step_drafted) == stats.num_kept_tokens
         assert stats.by_drafter["dspark"].num_accepted_tokens == stats.num_accepted_tokens
+
+
+@pytest.mark.parametrize("head", ["dspark_rnn", "eagle3"])
+def test_a_head_runs_by_the_targets_kernels(head, monkeypatch):
+    """`--kernels torch` is for both; otherwise both use the C++ ones, which pack every matrix they multiply by."""
+    if native.load() is None:
+        pytest.skip("the C++ kernels are not built")
+    packed, pack = [], native.PackedWeight.__init__
+    monkeypatch.setattr(native.PackedWeight, "__init__", lambda *a, **k: packed.append(a) or pack(*a, **k))
+    for kernels, is_native in (("torch", False), ("auto", True)):
+        target = load_model(resolve(TARGET), "float32", "cpu", kernels=kernels)
+        assert target.info.native == bool(packed) == is_native
+        before = len(packed)
+        plan_head(GOLDENS / head, target, "coupled")
+        assert (len(packed) > before) == is_native
 
 
 def test_a_head_costs_its_own_layers_only():
