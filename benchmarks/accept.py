@@ -19,6 +19,7 @@ import torch
 from common import facts, write_json
 
 from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.models.loader import read_config, resolve
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.evaluate import acceptance_by_slot, draft_passage, overlap_passage, walk_rounds
@@ -27,9 +28,11 @@ from dspark_serve.training.passages import PassageSource
 from dspark_serve.training.records import Conversation, Manifest, RecordWriter
 from dspark_serve.training.synthesize import SynthesisOptions, Synthesizer, Turn, recording_engine
 from dspark_serve.training.target import TargetWeights
+from dspark_serve.types import Request, Row, SamplingParams
 
 SETS = ("gsm8k", "humaneval", "mbpp", "mt-bench")
 TEMPERATURES = (0.0, 1.0)
+ANSWER_TOKENS = 128
 
 
 def turns(prompts: Path, count: int) -> Iterator[Turn]:
@@ -45,35 +48,26 @@ def turns(prompts: Path, count: int) -> Iterator[Turn]:
 def answer(model: str, weights: TargetWeights, taps: tuple[int, ...], prompts: Path, count: int, out: Path) -> None:
     """The target's answers and hidden states, into `out`."""
     layers = (*taps, weights.config.num_layers - 1)
-    options = SynthesisOptions(model, layers, rows=64, max_answer_tokens=128, max_prompt_tokens=400)
+    options = SynthesisOptions(model, layers, rows=64, max_answer_tokens=ANSWER_TOKENS, max_prompt_tokens=400)
     engine, tokenizer = recording_engine(options)
     writer = RecordWriter(out, Manifest(weights.fingerprint, layers, weights.config.hidden_size), options.max_bytes)
     Synthesizer(engine, tokenizer, writer, options).run(turns(prompts, count), lambda: False)
     writer.close()
 
 
-def lookup(passage: Passage, size: int, longest: int = 5, shortest: int = 2) -> tuple[np.ndarray, np.ndarray]:
+def lookup(passage: Passage, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompt-lookup drafts at every anchor as matches [anchors, size], and whether anything was found [anchors]."""
-    tokens = passage.tokens.tolist()
+    tokens, drafter = passage.tokens.tolist(), NgramDrafter(size)
     anchors = range(passage.num_prompt, len(tokens) - 1)
     matches, found = np.zeros((len(anchors), size), dtype=bool), np.zeros(len(anchors), dtype=bool)
-    latest: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its last occurrence
-    filled = 0
+    prompt = tokens[: passage.num_prompt]
+    request = Request("", tuple(prompt), SamplingParams(), seed=0, token_ids=prompt)
     for row, anchor in enumerate(anchors):
-        for end in range(filled, anchor):  # n-grams that end before the anchor's own
-            for n in range(shortest, longest + 1):
-                if end - n + 1 >= 0:
-                    latest[tuple(tokens[end - n + 1 : end + 1])] = end + 1
-        filled = anchor
-        for n in range(longest, shortest - 1, -1):
-            start = latest.get(tuple(tokens[anchor - n + 1 : anchor + 1]))
-            if start is not None:
-                found[row] = True
-                draft, real = tokens[start : start + size], tokens[anchor + 1 : anchor + 1 + size]
-                for slot, (a, b) in enumerate(zip(draft, real, strict=False)):
-                    # A draft that runs into unknown text repeats what it has drafted itself; it ends here instead.
-                    matches[row, slot] = a == b and start + slot <= anchor
-                break
+        request.token_ids.append(tokens[anchor])
+        drafts, _ = drafter.look_up(Row(request, anchor, 1, samples=True, max_drafts=size))
+        found[row] = bool(drafts)
+        real = tokens[anchor + 1 : anchor + 1 + size]
+        matches[row, : len(real)] = [a == b for a, b in zip(drafts or [-1] * size, real, strict=False)]
     return matches, found
 
 

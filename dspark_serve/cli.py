@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from dspark_serve.config import ConfigError, leaves, load_config, unknown_variables
 
@@ -90,7 +91,8 @@ def graft(
 ) -> None:
     """Train a draft head for MODEL on text that MODEL writes itself, then calibrate it. Started again, it goes on.
 
-    SIGTERM or Ctrl-C saves a checkpoint first. OUT/best is the head to serve with.
+    SIGTERM or Ctrl-C saves a checkpoint first. OUT/best is the head to serve with. Started by torchrun or
+    `accelerate launch`, several processes train one head, each on its share of the text.
     """
     from dspark_serve.models.catalog import LoadError
     from dspark_serve.training.command import GraftOptions, HeadShape
@@ -156,7 +158,8 @@ def check_lossless(
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+    tqdm.write(f"{time.strftime('%H:%M:%S')} {line}")  # above a bar, where one is drawn
+    sys.stdout.flush()
 
 
 def _serve_signature() -> inspect.Signature:

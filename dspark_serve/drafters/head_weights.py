@@ -24,12 +24,15 @@ _COLUMNS = 64  # hidden units whose column of the LM head is read at once
 
 
 class HeadWeights:
-    """Named tensors in the target's dtype and place. `num_bytes` counts what was handed out: the head's own cost."""
+    """Named tensors in the target's dtype and place, for the kernels it runs by.
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    `num_bytes` counts what was handed out: the head's own cost.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], target: TargetModel) -> None:
         self._tensors = dict(tensors)
-        self._dtype, self._device = dtype, device
-        self.ops = operations(dtype, device)
+        self._dtype, self._device = target.info.dtype, target.device
+        self.ops = operations(self._dtype, self._device, "auto" if target.info.native else "torch")
         self.num_bytes = 0
 
     def peek(self, name: str, *shape: int) -> Tensor | None:
@@ -82,7 +85,7 @@ def load_head(directory: Path, target: TargetModel) -> tuple[HeadConfig, HeadWei
     config = HeadConfig.parse(read_config(directory))
     info = target.info
     config.check_target(info.vocab_size, info.hidden_size, info.num_layers)
-    return config, HeadWeights(dict(iterate_weights(directory)), info.dtype, target.device)
+    return config, HeadWeights(dict(iterate_weights(directory)), target)
 
 
 def load_draft_vocab(config: HeadConfig, weights: HeadWeights) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""From a head's directory to a DrafterPlan: `architectures[0]` decides which network it is.
+"""From a head's name to its directory, and from there to a DrafterPlan: `architectures[0]` decides which network it is.
 
 Must not know: requests, how the K/V pool is sized.
 """
@@ -14,10 +14,20 @@ from torch import Tensor
 from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.dspark import DSparkDrafter, DSparkHead
 from dspark_serve.drafters.eagle3 import Eagle3Drafter, Eagle3Head
-from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.drafters.head_weights import HeadWeights, load_head, shared_bytes
 from dspark_serve.models.base import TargetModel
+from dspark_serve.models.catalog import LoadError
+from dspark_serve.models.loader import resolve
 from dspark_serve.types import VerifyMode
+
+
+def head_directory(head: str) -> Path:
+    """The local directory of a head, which is one or a hub id (downloaded on first use). HeadError: there is none."""
+    try:
+        return resolve(head).path
+    except LoadError as error:
+        raise HeadError(f"the draft head {head} cannot be used: {error}") from error
 
 
 def plan_head(directory: Path, target: TargetModel, mode: VerifyMode, width: int | None = None) -> DrafterPlan:
@@ -35,7 +45,7 @@ def plan_from_tensors(
     """The same for a head in memory: one that is being trained, or made up by a test."""
     info = target.info
     config.check_target(info.vocab_size, info.hidden_size, info.num_layers)
-    return _plan(config, HeadWeights(tensors, info.dtype, target.device), target, mode, width)
+    return _plan(config, HeadWeights(tensors, target), target, mode, width)
 
 
 @torch.inference_mode()

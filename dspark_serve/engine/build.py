@@ -17,7 +17,7 @@ from dspark_serve.cache.pages import PagePool
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.config import CacheConfig, Config, SpeculationConfig
 from dspark_serve.drafters.base import DrafterPlan
-from dspark_serve.drafters.heads import plan_head
+from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import PortfolioDrafter
@@ -111,7 +111,7 @@ def _tested(
     num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
     # Nobody asks this engine whether its arithmetic is row-invariant, and finding out takes a while.
     engine = _assemble(config, path, model, plan, max_model_len, num_pages, row_invariant=False)
-    result = run_self_test(engine, resolve(config.speculation.head).path)
+    result = run_self_test(engine, head_directory(config.speculation.head))
     insisted = config.speculation.budget.startswith("fixed:")
     warnings = result.warnings(config.speculation.head, insisted)
     for sentence in warnings:
@@ -151,7 +151,7 @@ def _plan_ngram(config: SpeculationConfig) -> DrafterPlan:
 
 def _plan_head(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
     assert config.head is not None
-    return plan_head(resolve(config.head).path, target, config.verify_mode, config.num_speculative_tokens)
+    return plan_head(head_directory(config.head), target, config.verify_mode, config.num_speculative_tokens)
 
 
 def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:

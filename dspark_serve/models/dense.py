@@ -287,6 +287,7 @@ class DenseModel:
             max_model_len=config.usable_positions,
             kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
             dtype=embed.dtype,
+            native=kernels is not None,
             backend=backend,
         )
 

@@ -111,6 +111,7 @@ class HFModel:
             max_model_len=max_model_len,
             kv_layers=anatomy.kv_layers,
             dtype=dtype,
+            native=ops.kernels is not None,
             backend=f"transformers, {ops.name}",
         )
         self._taps_refused: str | None = None

@@ -23,7 +23,9 @@ from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.models.loader import read_config, resolve
 from dspark_serve.text import Tokenizer
 from dspark_serve.training.graft import BEST, CHECKPOINT, Grafter, TrainOptions
+from dspark_serve.training.parallel import Group, joined
 from dspark_serve.training.passages import PassageSource
+from dspark_serve.training.progress import bar
 from dspark_serve.training.records import MANIFEST, RecordReader
 from dspark_serve.training.report import calibrate_head
 from dspark_serve.training.synthesize import SynthesisOptions, synthesize
@@ -70,23 +72,41 @@ def graft(options: GraftOptions, say: Say) -> Path:
     weights = TargetWeights.load(directory, options.shape.layers)
     config = head_config(options.shape, weights, directory)
     records = options.records or options.out / RECORDS
-    with _stopping() as stop, _writer(options, config, records, say) as is_writing:
-        _wait_for_text(records, options, lambda: stop() or not is_writing(), say)
-        if stop() or (options.write and not is_writing()):
-            return options.out  # or an error, from the context
-        source = PassageSource(records, weights, config.taps)
-        resumed = (options.out / CHECKPOINT).exists()
-        grafter = (
-            Grafter.resume(options.train, source, weights, options.out)
-            if resumed
-            else Grafter.create(options.train, source, weights, config)
-        )
-        say(f"{'going on' if resumed else 'starting'} at update {grafter.update} with {len(source.training)} texts")
-        grafter.run(options.out, stop, say)
-    if stop() or not (options.out / BEST).exists():
-        return options.out
+    with _stopping() as stop, joined() as group:
+        here = options.write and group.is_first
+        with _writer(options, config, records, here, say) as is_writing:
+            if group.is_first:
+                _wait_for_text(records, options, lambda: stop() or not is_writing(), say)
+            # The first process speaks for all; where the writer has failed, an error comes from the context.
+            if group.total([float(stop() or (here and not is_writing()))])[0] > 0:
+                return options.out
+            source = PassageSource(records, weights, config.taps)
+            grafter = begin(options, source, weights, config, group, say)
+            grafter.run(options.out, stop, say)
+        if stop() or not group.is_first or not (options.out / BEST).exists():
+            return options.out
     calibrate_head(options.out / BEST, source, weights, say)
     return options.out / BEST
+
+
+def begin(
+    options: GraftOptions, source: PassageSource, weights: TargetWeights, config: HeadConfig, group: Group, say: Say
+) -> Grafter:
+    """A new run, or the one of the checkpoint. Further processes start from the first one's checkpoint."""
+    out = options.out
+    if not group.is_first:
+        group.wait()
+        return Grafter.resume(options.train, source, weights, out, group)
+    resumed = (out / CHECKPOINT).exists()
+    if resumed:
+        grafter = Grafter.resume(options.train, source, weights, out, group)
+    else:
+        grafter = Grafter.create(options.train, source, weights, config, group)
+    say(f"{'going on' if resumed else 'starting'} at update {grafter.update} with {len(source.training)} texts")
+    if group.size > 1:
+        grafter.write_checkpoint(out)
+        group.wait()
+    return grafter
 
 
 def recalibrate(model: str, head: Path, records: Path, say: Say) -> None:
@@ -171,12 +191,14 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _writer(options: GraftOptions, config: HeadConfig, records: Path, say: Say) -> Iterator[Callable[[], bool]]:
+def _writer(
+    options: GraftOptions, config: HeadConfig, records: Path, here: bool, say: Say
+) -> Iterator[Callable[[], bool]]:
     """A child process in which the target writes into `records`, as long as the context lasts; whether it still does.
 
-    Raises ValueError when it has failed.
+    `here`: not in another process of the group. Raises ValueError when it has failed.
     """
-    if not options.write:
+    if not here:
         yield lambda: False
         return
     synthesis = SynthesisOptions(
@@ -215,13 +237,15 @@ def write(options: SynthesisOptions, records: Path, max_tokens: int | None = Non
 def _wait_for_text(records: Path, options: GraftOptions, stop: Callable[[], bool], say: Say) -> None:
     """Until there is enough to start from, or `stop`. A directory that nobody writes to is taken as it is."""
     told = 0.0
-    while options.write and not stop():
-        tokens = 0
-        if (records / MANIFEST).exists():
-            tokens = sum(len(c.answer) for c in RecordReader(records).conversations)
-        if tokens >= options.first_tokens:
-            return
-        if time.monotonic() - told > 30:
-            say(f"the target writes: {tokens} of {options.first_tokens} answer tokens before training begins")
-            told = time.monotonic()
-        time.sleep(1)
+    with bar("first text") as drawn:
+        while options.write and not stop():
+            tokens = 0
+            if (records / MANIFEST).exists():
+                tokens = sum(len(c.answer) for c in RecordReader(records).conversations)
+            if tokens >= options.first_tokens:
+                return
+            drawn.update(tokens / options.first_tokens - drawn.n)
+            if drawn.disable and time.monotonic() - told > 30:
+                say(f"the target writes: {tokens} of {options.first_tokens} answer tokens before training begins")
+                told = time.monotonic()
+            time.sleep(1)

@@ -1,7 +1,7 @@
 """The training loop: a head for a target from its recorded conversations, while more of them may be arriving.
 
-Small updates, one thread. A checkpoint holds everything that the next update depends on, so a resumed run equals an
-uninterrupted one. Must not know: how the conversations were written, the command line.
+Small updates, one thread. A checkpoint holds everything that the next update of one process depends on, so a resumed
+run equals an uninterrupted one. Must not know: how the conversations were written, the command line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from dspark_serve.training.anchors import Passage, choose_anchors
 from dspark_serve.training.evaluate import Score, score
 from dspark_serve.training.export import export_head
 from dspark_serve.training.head import FrozenTarget, TrainableHead
+from dspark_serve.training.parallel import ALONE, Group
 from dspark_serve.training.passages import Order, PassageSource, frequent_tokens
+from dspark_serve.training.progress import Watch
 from dspark_serve.training.records import Conversation
 from dspark_serve.training.schedule import Schedule
 from dspark_serve.training.start import warm_start
@@ -66,8 +68,10 @@ class Grafter:
         weights: TargetWeights,
         head: TrainableHead,
         spread: Tensor,  # [hidden], see regression_loss
+        group: Group = ALONE,
     ) -> None:
         self.options, self.source, self.weights, self.head = options, source, weights, head
+        self.group = group
         self.target = FrozenTarget(weights.embedding, weights.head[head.draft_vocab].contiguous())
         self.spread = spread
         self.optimizer = torch.optim.AdamW(
@@ -82,7 +86,13 @@ class Grafter:
         self.history: list[dict[str, Any]] = []
 
     @staticmethod
-    def create(options: TrainOptions, source: PassageSource, weights: TargetWeights, config: HeadConfig) -> Grafter:
+    def create(
+        options: TrainOptions,
+        source: PassageSource,
+        weights: TargetWeights,
+        config: HeadConfig,
+        group: Group = ALONE,
+    ) -> Grafter:
         """A new head at its starting weights. `weights` must hold the target's last config.num_layers layers."""
         torch.manual_seed(options.seed)
         size = config.draft_vocab_size or min(options.trained_tokens, config.vocab_size)
@@ -90,25 +100,35 @@ class Grafter:
         head = TrainableHead(config, vocab)
         passages = [source.load(c) for c in source.training[:_START_PASSAGES]]
         spread = torch.cat([p.last_hidden[p.num_prompt :] for p in passages]).std(0)
-        grafter = Grafter(options, source, weights, head, spread)
+        grafter = Grafter(options, source, weights, head, spread, group)
         warm_start(head, weights, grafter.target, passages, _planted_heads(options, head))
         return grafter
 
     @staticmethod
-    def resume(options: TrainOptions, source: PassageSource, weights: TargetWeights, directory: Path) -> Grafter:
+    def resume(
+        options: TrainOptions, source: PassageSource, weights: TargetWeights, directory: Path, group: Group = ALONE
+    ) -> Grafter:
         """From the checkpoint in `directory`, under `options`, which may extend the run."""
         saved = torch.load(directory / CHECKPOINT, weights_only=False)
         head = TrainableHead(HeadConfig.parse(saved["config"]), saved["draft_vocab"])
         head.load_state_dict(saved["head"])
-        grafter = Grafter(options, source, weights, head, saved["spread"])
+        grafter = Grafter(options, source, weights, head, saved["spread"], group)
         grafter.optimizer.load_state_dict(saved["optimizer"])
         grafter.order = Order(saved["seen"], saved["queue"])
-        grafter.draw.bit_generator.state = saved["draw"]
+        if group.is_first:
+            grafter.draw.bit_generator.state = saved["draw"]
+        else:
+            grafter.draw = np.random.default_rng([options.seed, group.rank, saved["update"]])
         for name in ("update", "anchors", "elapsed_s", "best", "history"):
             setattr(grafter, name, saved[name])
         return grafter
 
     def save(self, directory: Path) -> None:
+        self.order.seen = self.group.union(self.order.seen)  # what all have seen, for whoever resumes
+        if self.group.is_first:
+            self.write_checkpoint(directory)
+
+    def write_checkpoint(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / f".{CHECKPOINT}.partial"
         state = {
@@ -140,18 +160,23 @@ class Grafter:
         result = update_loss(self.head, passages, anchors, self.target, schedule.weights(progress), self.spread)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]
+        self.group.average_gradients(self.head.parameters())
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate(self.update, progress)
         self.optimizer.step()
         self.update += 1
-        self.anchors += result.anchors
+        self.anchors += round(self.group.total([result.anchors])[0])
         return result
 
     def _next_passage(self) -> Passage:
         """A passage with at least one anchor, whose states have not been dropped meanwhile."""
         while True:
-            conversation = self.order.next(self.source.training, self.draw)
+            # Each process has a share of its own, so that together they see as much text as they can.
+            mine = [c for c in self.source.training if c.index % self.group.size == self.group.rank]
+            if not mine:
+                raise ValueError(f"there is no text for process {self.group.rank} of {self.group.size} to train on")
+            conversation = self.order.next(mine, self.draw)
             try:
                 passage = self.source.load(conversation)
             except FileNotFoundError:
@@ -179,27 +204,46 @@ class Grafter:
         }
         export_head(directory, self.head, self.target, self.weights.head, facts)
 
-    def run(self, directory: Path, stop: Callable[[], bool], report: Callable[[str], None]) -> Score:
+    def run(self, directory: Path, stop: Callable[[], bool], report: Callable[[str], None]) -> None:
         """Until the budget is spent or `stop` says so. Keeps a checkpoint, the best head so far and the last one."""
-        watch = _Watch(self, report)
-        begun, before = time.monotonic(), self.elapsed_s
-        saved = evaluated = begun
-        result = None
-        while self.progress < 1 and not stop():
-            watch.add(self.step())
-            now = time.monotonic()
-            self.elapsed_s = before + now - begun
-            if now - saved > 60 * self.options.checkpoint_minutes:
+        watch = Watch(report, self.progress) if self.group.is_first else None
+        saved = evaluated = before = self.elapsed_s
+        begun = time.monotonic()
+        stopped, judged = self._agree(before, stop), -1
+        while self.progress < 1 and not stopped:
+            result = self.step()
+            stopped = self._agree(before + time.monotonic() - begun, stop)
+            if watch is not None:
+                loss = float(result.loss.detach())
+                watch.add(self.progress, self.update, loss, result.accepted_length, result.tokens, result.anchors)
+            if self.elapsed_s - saved > 60 * self.options.checkpoint_minutes:
                 self.save(directory)
-                self.source.reader.refresh()
-                saved = now
-            if now - evaluated > 60 * self.options.evaluate_minutes:
-                result = self._judge(directory, report)
-                evaluated = time.monotonic()
+                self._refresh(self.elapsed_s - saved, report)
+                saved = self.elapsed_s
+            if self.elapsed_s - evaluated > 60 * self.options.evaluate_minutes:
+                evaluated, judged = self.elapsed_s, self.update
+                self._judge(directory, report)
         self.save(directory)
-        return self._judge(directory, report) if not stop() or result is None else result
+        if watch is not None:
+            watch.close()
+        if judged < 0 or (not stopped and judged != self.update):
+            self._judge(directory, report)
 
-    def _judge(self, directory: Path, report: Callable[[str], None]) -> Score:
+    def _agree(self, elapsed_s: float, stop: Callable[[], bool]) -> bool:
+        """All processes read the first one's clock, and stop together if one must."""
+        clock = elapsed_s if self.group.is_first else 0.0
+        self.elapsed_s, stopping = self.group.total([clock, float(stop())])
+        return stopping > 0
+
+    def _refresh(self, seconds: float, report: Callable[[str], None]) -> None:
+        new = self.source.reader.refresh()
+        if new and self.group.is_first:
+            tokens = sum(len(c.answer) for c in self.source.reader.conversations[-new:])
+            report(f"the target wrote {new} conversations, {tokens / seconds:.0f} answer tokens/s")
+
+    def _judge(self, directory: Path, report: Callable[[str], None]) -> None:
+        if not self.group.is_first:
+            return
         result = self.evaluate()
         self.history.append({"update": self.update, "anchors": self.anchors, **asdict(result)})
         report(
@@ -210,7 +254,6 @@ class Grafter:
         if result.greedy + result.sampled > self.best:
             self.best = result.greedy + result.sampled
             self.export(directory / BEST, result)
-        return result
 
 
 def _planted_heads(options: TrainOptions, head: TrainableHead) -> int:
@@ -218,32 +261,3 @@ def _planted_heads(options: TrainOptions, head: TrainableHead) -> int:
     if options.planted_heads is not None:
         return options.planted_heads
     return head.config.heads // 3 if head.config.kv_heads == head.config.heads else 0
-
-
-class _Watch:
-    """Averages what an update says and reports it now and then."""
-
-    def __init__(self, grafter: Grafter, report: Callable[[str], None], every_s: float = 30.0) -> None:
-        self._grafter, self._report, self._every_s = grafter, report, every_s
-        self._begin()
-
-    def _begin(self) -> None:
-        self._since, self._anchors = time.monotonic(), 0
-        self._losses: list[float] = []
-        self._lengths: list[float] = []
-
-    def add(self, result: UpdateResult) -> None:
-        self._losses.append(float(result.loss.detach()))
-        self._lengths.append(result.accepted_length)
-        self._anchors += result.anchors
-        seconds = time.monotonic() - self._since
-        if seconds < self._every_s:
-            return
-        g = self._grafter
-        left = g.elapsed_s * (1 / max(g.progress, 1e-6) - 1) / 60
-        self._report(
-            f"{g.progress:6.1%} update {g.update} | {self._anchors / seconds:.0f} anchors/s | "
-            f"loss {np.mean(self._losses):.4f} | accepted {np.mean(self._lengths):.3f} (sampled, training) | "
-            f"{len(g.order.seen)} conversations | {left:.0f} min left"
-        )
-        self._begin()

@@ -20,7 +20,7 @@ from dspark_serve.training.signals import accepted_length, collect_signals
 from dspark_serve.training.target import TargetWeights
 
 FACTS, REPORT, PLOT = "dspark.json", "report.json", "report.png"
-_TEXTS = 200  # held-out conversations used at most
+_TEXTS = 400  # held-out conversations used at most
 
 logger = logging.getLogger(__name__)
 

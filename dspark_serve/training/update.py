@@ -29,6 +29,7 @@ class UpdateResult:
     loss: Tensor  # scalar
     overlap: Tensor  # [anchors, size] 1 - TV per slot, 0 where there is no label
     anchors: int
+    tokens: int  # of the passages
 
     @property
     def accepted_length(self) -> float:
@@ -88,7 +89,8 @@ def update_loss(
     if weights.regression:
         wanted = _last_hidden(passages, blocks)
         loss = loss + weights.regression * regression_loss(combined, wanted, spread, slot_weight)
-    return UpdateResult(loss, overlap.view(blocks.labels.shape) * (blocks.labels >= 0), len(blocks.anchors))
+    overlap = overlap.view(blocks.labels.shape) * (blocks.labels >= 0)
+    return UpdateResult(loss, overlap, len(blocks.anchors), sum(len(p.tokens) for p in passages))
 
 
 def _last_hidden(passages: Sequence[Passage], blocks: Blocks) -> Tensor:

@@ -2,16 +2,22 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark_kernels import native
 from dspark_serve.config import ConfigError, load_config
 from dspark_serve.drafters.head_config import HeadError
 from dspark_serve.drafters.heads import plan_head
-from dspark_serve.engine.build import build_engine
+from dspark_serve.engine.build import build_engine, with_shipped_head
 from dspark_serve.llm import LLM, SamplingParams
+from dspark_serve.models.catalog import CATALOG
+from dspark_serve.models.loader import ResolvedModel, load_model, resolve
+from dspark_serve.speculation.budget import FixedBudget
+from dspark_serve.tensors import Proposal
 from dspark_serve.types import SpeculationParams
 from tests.drafters.golden import GOLDENS, golden_runs, golden_target
 
@@ -47,6 +53,21 @@ def test_a_head_by_its_directory(plain):
         assert stats.by_drafter["dspark"].num_accepted_tokens == stats.num_accepted_tokens
 
 
+@pytest.mark.parametrize("head", ["dspark_rnn", "eagle3"])
+def test_a_head_runs_by_the_targets_kernels(head, monkeypatch):
+    """`--kernels torch` is for both; otherwise both use the C++ ones, which pack every matrix they multiply by."""
+    if native.load() is None:
+        pytest.skip("the C++ kernels are not built")
+    packed, pack = [], native.PackedWeight.__init__
+    monkeypatch.setattr(native.PackedWeight, "__init__", lambda *a, **k: packed.append(a) or pack(*a, **k))
+    for kernels, is_native in (("torch", False), ("auto", True)):
+        target = load_model(resolve(TARGET), "float32", "cpu", kernels=kernels)
+        assert target.info.native == bool(packed) == is_native
+        before = len(packed)
+        plan_head(GOLDENS / head, target, "coupled")
+        assert (len(packed) > before) == is_native
+
+
 def test_a_head_costs_its_own_layers_only():
     """The same head with and without copies of the target's embedding and LM head; and with an embedding of its own."""
     weights = load_file(GOLDENS / "dspark_vanilla" / "model.safetensors")
@@ -73,12 +94,33 @@ def test_budgets(plain):
     drafted = [n for o in outputs for n in o.outputs[0].metrics.speculative_decoding.per_step_drafted]
     assert set(drafted) <= {1, 2}
     assert drafted.count(1) <= len(outputs)  # only an answer's end has no room for two
+    assert llm.info.num_speculative_tokens == 2
+    assert list(FixedBudget(2).choose(None, Proposal.from_lists([[1, 2, 3], [1], []]))) == [2, 1, 0]
     off = offline("dspark_vanilla", budget="off")
     assert off.info.drafter == "none"
     assert tokens(off.generate(PROMPTS, PARAMS, use_tqdm=False)) == plain
+    wide = offline("dspark_vanilla", budget="fixed:9")  # more than the head drafts
+    assert wide.info.num_speculative_tokens == 7
     for wrong in ("fixed:0", "fixed", "some"):
         with pytest.raises(ConfigError, match="budget"):
             load_config({"budget": wrong})
+
+
+def test_the_shipped_head_waits_for_no_other_choice():
+    name, entry = next((name, entry) for name, entry in CATALOG.items() if entry.head_dir is not None)
+    from_catalog = ResolvedModel(Path("x"), name, "catalog")
+
+    def chosen(resolved=from_catalog, **flags):
+        speculation = with_shipped_head(load_config(flags).speculation, resolved)
+        return speculation.method, speculation.head
+
+    assert chosen() == ("portfolio", str(entry.head_dir))
+    assert chosen(method="dspark") == ("dspark", str(entry.head_dir))
+    assert chosen(budget="off") == (None, None)
+    assert chosen(method="ngram") == ("ngram", None)
+    assert chosen(method="none") == ("none", None)
+    assert chosen(head="other") == (None, "other")
+    assert chosen(ResolvedModel(Path("x"), name, "directory")) == (None, None)
 
 
 def test_per_request_control():
@@ -136,7 +178,16 @@ def changed(tmp_path):
         ({"config": {"num_target_layers": 8}}, "8.*6"),
         ({"config": {"target_layer_ids": [1, 5]}}, "5.*4"),
         ({"config": {"num_key_value_heads": 4}}, r"\[32, 64\].*\[64, 64\]"),
-        ({"drop": ["fc.weight"]}, "lacks fc.weight"),
+        ({"config": {"target_layer_ids": [-2, 1]}}, r"\[-2, 1\].*4"),
+        ({"config": {"markov_rank": 8}}, r"markov_w1.weight has shape \[512, 16\].*\[512, 8\]"),
+        ({"config": {"block_size": 0}}, "block_size 0"),
+        ({"config": {"num_hidden_layers": 3, "layer_types": None}}, r"lacks layers.2.input_layernorm.weight \[64\]"),
+        ({"config": {"num_hidden_layers": 1, "layer_types": None}}, "no place for: layers.1"),
+        ({"config": {"draft_vocab_size": 100}}, r"lacks draft_vocab \[100\]"),
+        ({"drop": ["fc.weight"]}, r"lacks fc.weight \[64, 128\]"),
+        ({"drop": ["confidence_head.proj.bias"]}, r"lacks confidence_head.proj.bias \[1\]"),
+        ({"drop": ["layers.1.self_attn.k_norm.weight"]}, r"lacks layers.1.self_attn.k_norm.weight \[16\]"),
+        ({"tensors": {"embed_tokens.weight": torch.zeros(500, 64)}}, r"\[500, 64\].*\[512, 64\]"),
         ({"tensors": {"extra": torch.zeros(1)}}, "no place for: extra"),
         ({"tensors": {"norm.weight": torch.full((64,), torch.nan)}}, "norm.weight.*not finite"),
     ],
@@ -144,6 +195,57 @@ def changed(tmp_path):
 def test_heads_that_do_not_fit(changed, change, words):
     with pytest.raises(HeadError, match=words):
         plan_head(changed(**change), golden_target(), "coupled")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"), [([*range(199), 7], "must ascend"), (range(400, 600), "must ascend within the vocabulary of 512")]
+)
+def test_a_draft_vocabulary_outside_the_targets_is_refused(changed, ids, words):
+    tensors = {"draft_vocab": torch.tensor(list(ids), dtype=torch.int32)}
+    tensors["markov_head.markov_w2.weight"] = torch.zeros(200, 16)
+    with pytest.raises(HeadError, match=words):
+        plan_head(changed(config={"draft_vocab_size": 200}, tensors=tensors), golden_target(), "coupled")
+
+
+class TestHubIds:
+    @pytest.fixture
+    def hub(self, monkeypatch, tmp_path):
+        """A hub that has one head, one repository without weights, and says what it was asked for."""
+        asked = []
+        (tmp_path / "config.json").write_text((GOLDENS / "dspark_vanilla" / "config.json").read_text())
+        shelf = {"someone/head": GOLDENS / "dspark_vanilla", "someone/config-only": tmp_path}
+
+        def snapshot_download(repo, allow_patterns):
+            asked.append((repo, allow_patterns))
+            if repo not in shelf:
+                raise OSError(f"404 Client Error.\n\nRepository Not Found for url: .../{repo}")
+            return str(shelf[repo])
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return asked
+
+    def test_a_head_by_its_hub_id(self, hub, plain):
+        llm = LLM(TARGET, head="someone/head", kv_cache_gib=0.01)
+        assert (llm.info.drafter, llm.info.head) == ("dspark", "someone/head")
+        assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == plain
+        for repo, patterns in hub:
+            assert repo == "someone/head"
+            assert {"*.json", "*.safetensors"} <= set(patterns)
+            assert "*.py" not in patterns
+
+    @pytest.mark.parametrize(
+        ("head", "words"),
+        [
+            ("someone/nothing", "someone/nothing.*404 Client Error"),
+            ("someone/config-only", "someone/config-only.*no safetensors weights"),
+            ("no-such-directory", "no-such-directory.*no local directory"),
+            ("smollm2.bin", "smollm2.bin.*pickle"),
+        ],
+    )
+    def test_what_is_no_head_is_said(self, hub, head, words):
+        with pytest.raises(HeadError, match=f"^the draft head {words}") as caught:
+            LLM(TARGET, head=head, kv_cache_gib=0.01)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_embedding_of_its_own_is_kept(changed):
@@ -175,6 +277,8 @@ class TestSelfTest:
         engine = build_engine(load_config(options))
         assert engine.info.drafter == "none"
         assert "without speculation" in engine.info.warnings[0]
+        engine = build_engine(load_config({**options, "head_self_test": False}))
+        assert (engine.info.drafter, engine.info.warnings) == ("dspark", ())
         engine = build_engine(load_config({**options, "budget": "fixed:2"}))
         assert engine.info.drafter == "dspark"
         assert "insists" in engine.info.warnings[0]

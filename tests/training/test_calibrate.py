@@ -10,6 +10,7 @@ from dspark_serve.training.calibrate import (
     area_under_curve,
     calibrate,
     calibration_error,
+    cross_fit,
     fit_offsets,
     fit_temperatures,
     judge,
@@ -44,9 +45,25 @@ def test_the_better_method_is_kept_and_helps():
     signals = made_up(0.5, -1.0)
     kept, report = calibrate(signals)
     assert kept.method in ("confidence", "confidence+largest")
-    before, after = judge(raw(3), signals)["ece"], report["methods"][report["kept"]]["ece"]
+    before, after = judge(raw(3).conditional(signals), signals)["ece"], report["methods"][report["kept"]]["ece"]
     assert max(after) < 0.02 < 0.1 < max(before)
     assert sum(after) < sum(report["methods"]["temperatures"]["ece"])
+
+
+def test_no_text_is_judged_by_a_fit_to_itself():
+    signals, seen = made_up(1.0, 0.0, anchors=1000), []
+
+    def fit(part):
+        seen.append(set(part.group.tolist()))
+        return raw(3)
+
+    probs = cross_fit(signals, fit)
+    np.testing.assert_array_equal(probs, raw(3).conditional(signals))  # every anchor was judged, in its place
+    texts = set(signals.group.tolist())
+    left_out = [texts - part for part in seen]
+    assert set().union(*left_out) == texts
+    assert sum(map(len, left_out)) == len(texts)
+    assert all(left_out)
 
 
 def test_heads_without_confidence_use_the_largest_probability():

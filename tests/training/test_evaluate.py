@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_head import head_config, passage, random_head, target_weights
 
+from dspark_serve.training.anchors import build_blocks, context_states
 from dspark_serve.training.evaluate import acceptance_by_slot, overlap_passage, score, walk_rounds
 
 
@@ -35,15 +38,26 @@ def test_acceptance_ratio_is_draft_over_target():
     head, target = random_head(head_config(), weights)
     one = passage(weights, 20, 6)
     drafts, ratios = overlap_passage(head, one, target)
-    drafted = set(head.draft_vocab.tolist())
     probs = weights.logits(one.last_hidden).softmax(-1)
-    for row, slot in [(0, 0), (3, 1), (8, 2)]:
-        label = int(drafts.labels[row, slot])
-        if label not in drafted:
-            assert ratios[row, slot] == 0
-        elif ratios[row, slot] < 1:
-            assert ratios[row, slot] * float(probs[6 + row + slot, label]) <= drafts.largest[row, slot] + 1e-6
-    assert (ratios[drafts.labels < 0] == 0).all()
+    anchors = np.arange(6, 19)
+    blocks = build_blocks([one], [anchors], 3)
+    seen = set()
+    with torch.no_grad():
+        hidden = head.backbone(context_states([one], blocks), blocks, target).view(len(anchors), 3, -1)
+        for row, slot in np.ndindex(ratios.shape):
+            at = 6 + row + slot  # the slot's own position: it predicts the next token, and knows the one that is there
+            if at + 1 >= len(one.tokens):
+                assert ratios[row, slot] == 0
+                continue
+            bias = head.markov.previous(one.tokens[at : at + 1], target, head.rank_of)[0]
+            draft = (target.head @ hidden[row, slot] + head.markov.outgoing(target) @ bias).softmax(-1)
+            label = int(one.tokens[at + 1])
+            place = head.draft_vocab.tolist().index(label) if label in head.draft_vocab else None
+            expected = 0.0 if place is None else min(1.0, float(draft[place] / probs[at, label]))
+            assert ratios[row, slot] == pytest.approx(expected, abs=1e-5)
+            seen.add(0 if place is None else 1 if expected == 1 else 2)
+            assert drafts.labels[row, slot] == label
+    assert seen == {0, 1, 2}
 
 
 def test_score_tells_temperatures_apart():
