@@ -1,7 +1,7 @@
 """Engine against Transformers, drafting against none (prompt lookup; the default), host time per step, memory.
 
-SmolLM2, greedy, float32 arithmetic, CPU; weights in the model file's own blocks, as served, and widened to float32 first.
-The sides of each comparison alternate within one run, so that machine drift hits all.
+SmolLM2, greedy, float32 arithmetic, CPU; weights in the model file's own blocks, as served, and widened to float32. The
+sides of each comparison alternate within one run, so that machine drift hits all.
 """
 
 from __future__ import annotations

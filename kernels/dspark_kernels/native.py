@@ -46,7 +46,7 @@ class _Attention(ctypes.Structure):  # mirrors attention.cpp
         *((name, c_void_p) for name in ("pages", "first", "queries", "contexts", "keys", "values", "out")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "tokens", "rows", "max_pages")),
         *((name, c_int64) for name in ("page_size", "heads", "kv_heads", "head_dim", "value_dim", "window")),
-        *((name, c_int64) for name in ("table_stride", "threads")),
+        *((name, c_int64) for name in ("table_stride", "block", "threads")),
         *((name, c_float) for name in ("scale", "softcap", "eps")),
     )
 
@@ -196,8 +196,12 @@ class Kernels:
         softcap: float | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
         norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
+        block: bool = False,
     ) -> Tensor:
-        """Causal attention of every token over its row's keys; returns [tokens, heads, value_dim]."""
+        """Causal attention of every token over its row's keys; returns [tokens, heads, value_dim].
+
+        As a `block` a row's tokens see its whole context and each other, and their keys and values are not kept.
+        """
         tokens, heads, head_dim = q.shape
         kv_heads, value_dim = v.shape[1:]
         out = q.new_empty(tokens, heads, value_dim)
@@ -236,6 +240,7 @@ class Kernels:
                     value_dim,
                     window or 0,
                     2 * head_dim,
+                    block,
                     torch.get_num_threads(),
                     scale,
                     softcap or 0.0,
