@@ -7,7 +7,6 @@ sides of each comparison alternate within one run, so that machine drift hits al
 from __future__ import annotations
 
 import concurrent.futures as futures
-import json
 import os
 import statistics
 import subprocess
@@ -22,7 +21,8 @@ from dspark_serve.config import Config  # isort: skip  (before torch: the packag
 import httpx
 import psutil
 import typer
-from common import HERE, Spread, facts, prompts, write_json
+from common import Spread, facts, prompts, write_json
+from reference import Reference
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -33,7 +33,6 @@ from dspark_serve.types import Request, SamplingParams, StepReport
 
 MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 128
-OURS = ("GOMP_SPINCOUNT", "MKL_CBWR", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # set by the package
 HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
 COPY_TEXTS = [
     "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light "
@@ -60,7 +59,7 @@ class Bench:
         self.crowded: list[StepReport] = []  # steps of 16 decoding rows
         path = self.engines["none"].info.model_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        self.reference = self._reference(path)
+        self.reference = Reference(path)
         self._count = 0
 
     @staticmethod
@@ -99,23 +98,8 @@ class Bench:
 
     def theirs(self, batch: Sequence[list[int]]) -> tuple[float, list[list[int]]]:
         """Seconds and tokens of Transformers on the same prompts as one static batch."""
-        assert self.reference.stdin is not None
-        assert self.reference.stdout is not None
-        self.reference.stdin.write(json.dumps({"prompts": batch, "new_tokens": self.new_tokens}) + "\n")
-        self.reference.stdin.flush()
-        answer = json.loads(self.reference.stdout.readline())
+        answer = self.reference.ask(prompts=batch, new_tokens=self.new_tokens)
         return answer["seconds"], answer["tokens"]
-
-    @staticmethod
-    def _reference(path: str) -> subprocess.Popen[str]:
-        """Transformers in a process of its own, without this package's settings for threads and products."""
-        clean = {name: value for name, value in os.environ.items() if name not in OURS}
-        command = [sys.executable, str(HERE / "reference.py"), path]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
-        assert process.stdout is not None
-        if process.stdout.readline().strip() != "ready":
-            raise RuntimeError("the reference process did not start")
-        return process
 
     # ---- the comparisons
 
@@ -264,7 +248,7 @@ def main(
     result: dict[str, Any] = {"facts": facts()}
     for name in ("single", "copying", "drafting", "batched", "host"):
         result[name] = getattr(bench, name)()
-    bench.reference.terminate()
+    bench.reference.close()
     del bench
     result["memory"] = memory(quick)
     show(result)
