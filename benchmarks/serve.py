@@ -1,6 +1,7 @@
 """Engine against Transformers, drafting against none (prompt lookup; the default), host time per step, memory.
 
-SmolLM2, greedy, fp32, CPU. Both sides of each comparison alternate within one run, so that machine drift hits both.
+SmolLM2, greedy, float32 arithmetic, CPU; weights in the model file's own blocks, as served, and widened to float32. The
+sides of each comparison alternate within one run, so that machine drift hits all.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Bench:
         self.quick = quick
         self.new_tokens = NEW_TOKENS
         self.engines = {method: self._engine(method) for method in ("none", "ngram", "portfolio")}
+        self.engines["float32"] = self._engine("none", "float32")
         self.crowded: list[StepReport] = []  # steps of 16 decoding rows
         path = self.engines["none"].info.model_dir
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
@@ -62,12 +64,12 @@ class Bench:
         self._count = 0
 
     @staticmethod
-    def _engine(method: str) -> Engine:
+    def _engine(method: str, dtype: str = "auto") -> Engine:
         # No prefix cache: every repetition has to do all of its work, as the reference does.
         options = {
             "cache": {"kv_cache_gib": 0.4, "enable_prefix_caching": False},
             "speculation": {"method": method},
-            "model": {"model": MODEL, "dtype": "float32", "device": "cpu"},
+            "model": {"model": MODEL, "dtype": dtype, "device": "cpu"},
         }
         return build_engine(Config.model_validate(options))
 
@@ -76,9 +78,9 @@ class Bench:
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer.encode(rendered, add_special_tokens=False))
 
-    def ours(self, method: str, batch: Sequence[list[int]]) -> tuple[float, list[list[int]], list[StepReport]]:
+    def ours(self, name: str, batch: Sequence[list[int]]) -> tuple[float, list[list[int]], list[StepReport]]:
         """Seconds, tokens and step reports of serving the prompts together."""
-        engine = self.engines[method]
+        engine = self.engines[name]
         params = SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
         tokens: dict[str, list[int]] = {}
         reports: list[StepReport] = []
@@ -118,7 +120,7 @@ class Bench:
     # ---- the comparisons
 
     def compare(self, rounds: Sequence[Any], sides: dict[str, Callable[[Any], tuple[float, Any]]]) -> dict[str, Any]:
-        """Tokens/s per side and the ratio of second to first side, sides alternating; every side warms up once."""
+        """Tokens/s per side, and what each is times the first; sides alternate, and warm up once."""
         rates: dict[str, list[float]] = {name: [] for name in sides}
         equal: list[bool] = []
         self.new_tokens = 16
@@ -131,39 +133,47 @@ class Bench:
             for name in order:
                 seconds, outputs[name] = sides[name](item)
                 rates[name].append(sum(map(len, outputs[name])) / seconds)
-            first, second = (outputs[name] for name in sides)
-            equal.append(first == second)
-        base, other = rates.values()
-        ratio = [b / a for a, b in zip(base, other, strict=True)]
-        result: dict[str, Any] = {name: Spread.of(values) for name, values in rates.items()}
-        return result | {"ratio": Spread.of(ratio), "same_tokens": f"{sum(equal)} of {len(equal)}"}
+            equal.append(all(tokens == outputs[order[0]] for tokens in outputs.values()))
+        base = next(iter(rates.values()))
+        return {
+            "tokens_per_s": {name: Spread.of(values) for name, values in rates.items()},
+            "ratio": {
+                name: Spread.of([b / a for a, b in zip(base, values, strict=True)]) for name, values in rates.items()
+            },
+            "same_tokens": f"{sum(equal)} of {len(equal)}",
+        }
+
+    def _engine_side(self, name: str) -> Callable[[Any], tuple[float, Any]]:
+        return lambda batch: self.ours(name, batch)[:2]
+
+    def _accepted_length(self, name: str, items: Sequence[Any]) -> float:
+        rows = [row for item in items for report in self.ours(name, item)[2] for row in report.rows]
+        return statistics.mean(row.n_accepted + 1 for row in rows)
 
     def single(self) -> dict[str, Any]:
         items = [[self.encode(text)] for text in prompts()[:: 11 if self.quick else 3]]
-        return self.compare(items, {"transformers": self.theirs, "engine": lambda b: self.ours("none", b)[:2]})
+        sides = {
+            "transformers": self.theirs,
+            "float32": self._engine_side("float32"),
+            "as served": self._engine_side("none"),
+        }
+        return self.compare(items, sides)
 
     def copying(self) -> dict[str, Any]:
         texts = [f"Rewrite this text exactly, word for word:\n\n{text}" for text in COPY_TEXTS]
         items = [[self.encode(text)] for text in texts * (1 if self.quick else 3)]
-        result = self.compare(
-            items, {"no drafter": lambda b: self.ours("none", b)[:2], "ngram": lambda b: self.ours("ngram", b)[:2]}
-        )
-        rows = [row for item in items[:3] for report in self.ours("ngram", item)[2] for row in report.rows]
-        return result | {"accepted_length": statistics.mean(row.n_accepted + 1 for row in rows)}
+        sides = {"no drafter": self._engine_side("none"), "ngram": self._engine_side("ngram")}
+        return self.compare(items, sides) | {"accepted_length": self._accepted_length("ngram", items[:3])}
 
     def drafting(self) -> dict[str, Any]:
         items = [[self.encode(text)] for text in prompts()[:: 11 if self.quick else 2]]
-        result = self.compare(
-            items,
-            {"no drafter": lambda b: self.ours("none", b)[:2], "portfolio": lambda b: self.ours("portfolio", b)[:2]},
-        )
-        rows = [row for item in items[:3] for report in self.ours("portfolio", item)[2] for row in report.rows]
-        return result | {"accepted_length": statistics.mean(row.n_accepted + 1 for row in rows)}
+        sides = {"no drafter": self._engine_side("none"), "default": self._engine_side("portfolio")}
+        return self.compare(items, sides) | {"accepted_length": self._accepted_length("portfolio", items[:3])}
 
     def batched(self) -> dict[str, Any]:
         everything = [self.encode(text) for text in prompts()]
         items = [everything[:16], everything[16:32]] * (1 if self.quick else 3)
-        return self.compare(items, {"transformers": self.theirs, "engine": lambda b: self.ours("none", b)[:2]})
+        return self.compare(items, {"transformers": self.theirs, "as served": self._engine_side("none")})
 
     def host(self) -> dict[str, Any]:
         """Milliseconds of everything but the target's forward, in the steps of `batched` that had 16 decoding rows."""
@@ -225,21 +235,21 @@ def _await_ready(base: str, server: subprocess.Popen[bytes]) -> None:
 
 def show(result: dict[str, Any]) -> None:
     console = Console()
-    table = Table(
-        "measured", "first side", "second side", "ratio / value", "same tokens", title="SmolLM2, greedy, fp32"
-    )
+    table = Table("measured", "side", "tokens/s", "times the first", "same tokens", title="SmolLM2, greedy")
     for key, label in (
-        ("single", "concurrency 1, tokens/s: Transformers, engine"),
-        ("copying", "copy-heavy, concurrency 1, tokens/s: no drafter, ngram"),
-        ("drafting", "chat and code, concurrency 1, tokens/s: no drafter, the default (head and lookup)"),
-        ("batched", "concurrency 16, tokens/s: Transformers static batch, engine"),
+        ("single", "concurrency 1, no drafter"),
+        ("copying", "copy-heavy, concurrency 1"),
+        ("drafting", "chat and code, concurrency 1"),
+        ("batched", "concurrency 16, no drafter (Transformers: a static batch)"),
     ):
-        sides = list(result[key].items())
-        table.add_row(label, str(sides[0][1]), str(sides[1][1]), str(result[key]["ratio"]), result[key]["same_tokens"])
-    table.add_row("host time per step at 16 rows, ms", "", "", str(result["host"]["host_ms"]), "")
+        for side, rate in result[key]["tokens_per_s"].items():
+            first = side == next(iter(result[key]["ratio"]))
+            ratio = "" if first else str(result[key]["ratio"][side])
+            table.add_row(label if first else "", side, str(rate), ratio, result[key]["same_tokens"] if first else "")
+    table.add_row("host time per step at 16 rows, ms", "", str(result["host"]["host_ms"]), "", "")
     memory_ = result["memory"]
     table.add_row(
-        f"resident memory after {memory_['requests']} requests over 20, MiB", "", "", f"{memory_['growth_mib']:.1f}", ""
+        f"resident memory after {memory_['requests']} requests over 20, MiB", "", f"{memory_['growth_mib']:.1f}", "", ""
     )
     console.print(table)
     console.print({key: value for key, value in result["facts"].items()})

@@ -6,14 +6,14 @@ every committed token, so that nothing is ever replayed. Must not know: verifica
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head import Head
-from dspark_serve.drafters.head_layers import Context
+from dspark_serve.drafters.head_layers import Context, HeadLayer
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode
@@ -47,18 +47,33 @@ class DSparkHead(Head):
         assert c.mask_token_id is not None
         ids = torch.full((count, c.block_size), c.mask_token_id, device=rows.anchors.device)
         ids[:, 0] = rows.anchors
-        positions = rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)
-        cos, sin = self.rotary.at(positions.flatten(), rows.longest + c.block_size)
-        visible = torch.arange(rows.slots.shape[1], device=ids.device) < rows.start.unsqueeze(1)
-        context = Context.build(rows.slots, visible, c.kv_heads)
+        positions = (rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)).flatten()
+        attend = self._attention(rows, positions, store)
         hidden = self.embed(ids.flatten())  # [rows * block, hidden]
         for index, layer in enumerate(self.layers):
-            x = layer.input_norm(hidden)
+            attended = attend(layer, layer.input_norm(hidden), first_layer + index)
+            hidden = layer.finish(attended, hidden)
+        return self.norm(hidden).view(count, c.block_size, -1)
+
+    def _attention(self, rows: DraftRows, positions: Tensor, store: KVStore) -> Callable[..., Tensor]:
+        """(layer, normed input [n, hidden], layer in the store) -> [n, heads * head_dim], for this block."""
+        c, count, stop = self.config, rows.anchors.shape[0], rows.longest + self.config.block_size
+        kernels = self.layers[0].kernels
+        if kernels is not None and kernels.attends(c.head_dim, c.head_dim):
+            first = torch.arange(0, count * c.block_size, c.block_size)
+            spans = torch.stack([first, torch.full_like(first, c.block_size), rows.start + c.block_size])
+            table = self.rotary.table(stop)
+            return lambda layer, x, index: layer.attend_block(x, positions, table, rows, spans, store, index)
+        cos, sin = self.rotary.at(positions, stop)
+        context = Context.build(*rows.context(), c.kv_heads)
+
+        def attend(layer: HeadLayer, x: Tensor, index: int) -> Tensor:
             q, (k, v) = self.rotary.apply(layer.queries(x), cos, sin), layer.keys_values(x)
             k = self.rotary.apply(k, cos, sin)
             q, k, v = (t.view(count, c.block_size, -1, c.head_dim) for t in (q, k, v))
-            hidden = layer.finish(hidden, layer.attend(q, k, v, context, store, first_layer + index))
-        return self.norm(hidden).view(count, c.block_size, -1)
+            return layer.attend(q, k, v, context, store, index)
+
+        return attend
 
 
 class DSparkDrafter:

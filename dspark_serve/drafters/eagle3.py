@@ -59,11 +59,11 @@ class Eagle3Drafter:
         head, store, layer = self._head, self._store, self._head.layers[0]
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width, count = max(batch.counts), len(rows)
-        position = torch.arange(batch.slots.shape[1], device=batch.slots.device)
         # Slots 1..start-1 hold entries 0..start-2; entry start-1, with the anchor's embedding, opens the chain.
-        visible = (position > 0) & (position < batch.start.unsqueeze(1))
-        context = Context.build(batch.slots, visible, head.config.kv_heads)
-        last = batch.slots.gather(1, batch.start.unsqueeze(1) - 1).squeeze(1)
+        slots, visible = batch.context()
+        visible[:, 0] = False
+        context = Context.build(slots, visible, head.config.kv_heads)
+        last = slots.gather(1, batch.start.unsqueeze(1) - 1).squeeze(1)
         features, previous = self._features(last), batch.anchors
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -76,7 +76,7 @@ class Eagle3Drafter:
             values.append(v)
             chain = torch.stack(keys, dim=1), torch.stack(values, dim=1)  # [rows, slot + 1, kv_heads, head_dim]
             attended = layer.attend(q.unsqueeze(1), *chain, context, store, self._first_layer)
-            features = layer.finish(features, attended).view(count, -1)  # the next step's input, before the norm
+            features = layer.finish(attended, features).view(count, -1)  # the next step's input, before the norm
             previous, probs = self._drawer.draw(head.base_logits(head.norm(features)), batch.sampling, slot)
             drafts.add(previous, probs)
         return drafts.proposal()

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.native import Kernels
 from dspark_serve.cache.store import KVStore
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
-from dspark_serve.models.layers import Linear, RMSNorm, swiglu
+from dspark_serve.drafters.rows import DraftRows
+from dspark_serve.models.layers import Affine, Finish, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -46,45 +48,61 @@ class HeadLayer:
     q_norm: RMSNorm
     k_norm: RMSNorm
     v_norm: RMSNorm | None  # Gemma 4, without a weight
-    out: Linear
-    gate_up: Linear
-    down: Linear
-    mlp_norm: RMSNorm
-    attention_norm: RMSNorm | None  # Gemma 4: on what attention adds, and on what the MLP adds
-    after_mlp_norm: RMSNorm | None
-    scalar: Tensor | None  # Gemma 4: [1], times the layer's output
+    finish: Finish  # out-projection and MLP: (heads * head_dim, hidden_size) -> hidden_size
+    kernels: Kernels | None  # that attention within a block may use
 
     @staticmethod
     def load(config: HeadConfig, weights: HeadWeights, layer: int, width: int) -> HeadLayer:
         c, prefix = config, f"layers.{layer}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        attention = f"{prefix}self_attn."
         q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
         kv = {f"{attention}k_proj": kv_width}
         if not c.k_eq_v:
             kv[f"{attention}v_proj"] = kv_width
         gemma = c.family == "gemma4"
-
-        def norm(name: str) -> RMSNorm:
-            return weights.norm(f"{prefix}{name}.weight", c.hidden_size, c.norm_eps)
-
         return HeadLayer(
             config=c,
-            input_norm=norm("input_layernorm"),
+            input_norm=weights.norm(f"{prefix}input_layernorm.weight", c.hidden_size, c.norm_eps),
             q=weights.linear({f"{attention}q_proj": q_width}, width, c.attention_bias),
             kv=weights.linear(kv, width, c.attention_bias),
             q_norm=weights.norm(f"{attention}q_norm.weight", c.head_dim, c.norm_eps),
             k_norm=weights.norm(f"{attention}k_norm.weight", c.head_dim, c.norm_eps),
             v_norm=RMSNorm(weights.ones(c.head_dim), c.norm_eps) if gemma else None,
-            out=weights.linear({f"{attention}o_proj": c.hidden_size}, q_width, c.attention_bias),
-            gate_up=weights.linear(
-                {f"{mlp}gate_proj": c.intermediate_size, f"{mlp}up_proj": c.intermediate_size}, c.hidden_size
-            ),
-            down=weights.linear({f"{mlp}down_proj": c.hidden_size}, c.intermediate_size),
-            mlp_norm=norm("pre_feedforward_layernorm" if gemma else "post_attention_layernorm"),
-            attention_norm=norm("post_attention_layernorm") if gemma else None,
-            after_mlp_norm=norm("post_feedforward_layernorm") if gemma else None,
-            scalar=weights.take(f"{prefix}layer_scalar", 1) if gemma else None,
+            finish=(_gemma_finish if gemma else _qwen_finish)(c, weights, prefix),
+            kernels=weights.ops.kernels,
         )
+
+    @property
+    def scale(self) -> float:
+        return self.config.head_dim**-0.5 if self.config.family == "qwen3" else 1.0
+
+    def attend_block(
+        self, x: Tensor, positions: Tensor, table: Tensor, rows: DraftRows, spans: Tensor, store: KVStore, layer: int
+    ) -> Tensor:
+        """By the C++ kernels, from normed input x [n, width]; see `attend`.
+
+        positions [n] index the rotary table; spans [3, rows]: each row's first token, tokens, and keys it sees.
+        """
+        assert self.kernels is not None
+        c = self.config
+        q = self.q(x).view(-1, c.heads, c.head_dim)
+        kv = self.kv(x).view(-1, 1 if c.k_eq_v else 2, c.kv_heads, c.head_dim)
+        values = kv[:, -1] if self.v_norm is None else self.v_norm(kv[:, -1])
+        out = self.kernels.attention(
+            q,
+            kv[:, 0],
+            values,
+            store.keys[layer],
+            store.values[layer],
+            positions,  # not used: nothing is kept
+            rows.pages,
+            spans,
+            scale=self.scale,
+            rotary=(positions, table),
+            norms=(self.q_norm.weight, self.k_norm.weight, c.norm_eps),
+            block=True,
+        )
+        return out.view(-1, c.heads * c.head_dim)
 
     def queries(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, heads, head_dim], normed, not yet turned."""
@@ -96,17 +114,6 @@ class HeadLayer:
         kv = self.kv(x).view(-1, 1 if c.k_eq_v else 2, c.kv_heads, c.head_dim)
         values = kv[:, -1]
         return self.k_norm(kv[:, 0]), values if self.v_norm is None else self.v_norm(values)
-
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream [n, hidden_size] after attention's result [n, heads * head_dim] and the MLP are added."""
-        added = self.out(attended)
-        hidden = hidden + (added if self.attention_norm is None else self.attention_norm(added))
-        gate_up = self.gate_up(self.mlp_norm(hidden))
-        if self.after_mlp_norm is None:
-            return hidden + self.down(swiglu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = hidden + self.after_mlp_norm(self.down(F.gelu(gate, approximate="tanh") * up))
-        return hidden if self.scalar is None else hidden * self.scalar
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, store: KVStore, layer: int) -> Tensor:
         """Every query sees its row's whole context and all of the block's keys: no mask within the block.
@@ -121,9 +128,7 @@ class HeadLayer:
         # [rows * kv_heads, queries * heads per K/V head, head_dim]
         grouped = q.view(rows, queries, c.kv_heads, -1, c.head_dim).transpose(1, 2)
         grouped = grouped.reshape(rows * c.kv_heads, -1, c.head_dim)
-        if c.family == "qwen3":
-            grouped = grouped * c.head_dim**-0.5
-        scores = torch.bmm(grouped, k.flatten(0, 1).transpose(1, 2)).float()  # [.., keys + block]
+        scores = torch.bmm(grouped * self.scale, k.flatten(0, 1).transpose(1, 2)).float()  # [.., keys + block]
         mask = F.pad(context.mask, (0, block))  # [rows, 1, keys + block]
         scores = scores.view(rows, -1, scores.shape[-1]).add_(mask).view_as(scores)
         probs = scores.softmax(-1).to(v.dtype)
@@ -136,3 +141,35 @@ class HeadLayer:
         head_dim = stored.shape[-1]
         flat = stored.view(-1, head_dim).index_select(0, context.key_index)
         return flat.view(rows, self.config.kv_heads, context.keys, head_dim)
+
+
+def _parts(config: HeadConfig, weights: HeadWeights, prefix: str) -> tuple[Affine, Affine, Affine]:
+    """out-projection, gates with ups, and down-projection."""
+    c = config
+    out = weights.affine({f"{prefix}self_attn.o_proj": c.hidden_size}, c.heads * c.head_dim, c.attention_bias)
+    gate_up = {f"{prefix}mlp.gate_proj": c.intermediate_size, f"{prefix}mlp.up_proj": c.intermediate_size}
+    down = weights.affine({f"{prefix}mlp.down_proj": c.hidden_size}, c.intermediate_size)
+    return out, weights.affine(gate_up, c.hidden_size), down
+
+
+def _qwen_finish(config: HeadConfig, weights: HeadWeights, prefix: str) -> Finish:
+    out, gate_up, down = _parts(config, weights, prefix)
+    norm = weights.norm(f"{prefix}post_attention_layernorm.weight", config.hidden_size, config.norm_eps)
+    return weights.ops.finish(out, norm, gate_up, down)
+
+
+def _gemma_finish(config: HeadConfig, weights: HeadWeights, prefix: str) -> Finish:
+    """Norms on what attention adds and on what the MLP adds, and a factor for the layer's output."""
+    out, gate_up, down = (weights.ops.linear(*affine) for affine in _parts(config, weights, prefix))
+    after_attention, before_mlp, after_mlp = (
+        weights.norm(f"{prefix}{name}_layernorm.weight", config.hidden_size, config.norm_eps)
+        for name in ("post_attention", "pre_feedforward", "post_feedforward")
+    )
+    scalar = weights.take(f"{prefix}layer_scalar", 1)
+
+    def finish(attended: Tensor, hidden: Tensor) -> Tensor:
+        hidden = hidden + after_attention(out(attended))
+        gate, up = gate_up(before_mlp(hidden)).chunk(2, dim=-1)
+        return (hidden + after_mlp(down(F.gelu(gate, approximate="tanh") * up))) * scalar
+
+    return finish

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.models.base import TargetModel
-from dspark_serve.models.layers import Linear, RMSNorm, operations
+from dspark_serve.models.layers import Affine, Linear, RMSNorm, operations
 from dspark_serve.models.loader import iterate_weights, read_config
 
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -35,21 +35,26 @@ class HeadWeights:
         self.ops = operations(self._dtype, self._device, "auto" if target.info.native else "torch")
         self.num_bytes = 0
 
-    def peek(self, name: str, *shape: int) -> Tensor | None:
-        """The tensor as it is served, not counted yet; None if the checkpoint lacks it. HeadError if misshapen."""
+    def peek(self, name: str, *shape: int, as_stored: bool = False) -> Tensor | None:
+        """The tensor as it is served, not counted yet; None if the checkpoint lacks it. HeadError if misshapen.
+
+        as_stored: bfloat16 stays so where the kernels widen it as they read it, for linears only.
+        """
         stored = self._tensors.get(name)
         if stored is None:
             return None
         if tuple(stored.shape) != shape:
             raise HeadError(f"the head's {name} has shape {list(stored.shape)}, and its config asks for {list(shape)}")
-        if stored.is_floating_point():
-            if not stored.sum(dtype=torch.float32).isfinite():
-                raise HeadError(f"the head's {name} holds values that are not finite")
-            return stored.to(self._device, self._dtype)
-        return stored.to(self._device, torch.int64)
+        if not stored.is_floating_point():
+            return stored.to(self._device, torch.int64)
+        if not stored.sum(dtype=torch.float32).isfinite():
+            raise HeadError(f"the head's {name} holds values that are not finite")
+        if as_stored and self.ops.kernels is not None and stored.dtype == torch.bfloat16:
+            return stored.clone()  # the file's memory is mapped
+        return stored.to(self._device, self._dtype, copy=True)
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        tensor = self.peek(name, *shape)
+    def take(self, name: str, *shape: int, as_stored: bool = False) -> Tensor:
+        tensor = self.peek(name, *shape, as_stored=as_stored)
         if tensor is None:
             raise HeadError(f"the head's checkpoint lacks {name} {list(shape)}")
         del self._tensors[name]
@@ -66,11 +71,17 @@ class HeadWeights:
         """For a norm that has no weight."""
         return torch.ones(width, dtype=self._dtype, device=self._device)
 
-    def linear(self, parts: Mapping[str, int], columns: int, bias: bool = False) -> Linear:
-        """One linear from the tensors `part`.weight [parts[part], columns] (and .bias), stacked in this order."""
-        weight = torch.cat([self.take(f"{part}.weight", rows, columns) for part, rows in parts.items()])
+    def affine(self, parts: Mapping[str, int], columns: int, bias: bool = False) -> Affine:
+        """The tensors `part`.weight [parts[part], columns] (and .bias), stacked in this order."""
+        weights = [self.take(f"{part}.weight", rows, columns, as_stored=True) for part, rows in parts.items()]
+        if len({weight.dtype for weight in weights}) > 1:
+            weights = [weight.to(self._dtype) for weight in weights]
         biases = [self.take(f"{part}.bias", rows) for part, rows in parts.items()] if bias else []
-        return self.ops.linear(weight, torch.cat(biases) if bias else None)
+        return torch.cat(weights), torch.cat(biases) if bias else None
+
+    def linear(self, parts: Mapping[str, int], columns: int, bias: bool = False) -> Linear:
+        """One linear from the tensors that `affine` stacks."""
+        return self.ops.linear(*self.affine(parts, columns, bias))
 
     def check_empty(self) -> None:
         """HeadError naming tensors that nobody asked for: the head is something else than its config says."""

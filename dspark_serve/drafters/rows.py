@@ -27,7 +27,8 @@ class DraftRows:
 
     anchors: Tensor  # [rows] int64
     start: Tensor  # [rows] int64
-    slots: Tensor  # [rows, keys] int64: slot of each context position, padded with 0
+    pages: Tensor  # [rows, max_pages] int64, padded with 0
+    page_size: int
     counts: tuple[int, ...]  # [rows] drafts wanted
     longest: int  # context of the longest row
     sampling: SamplingBatch  # one sample per row, at the position of the first draft
@@ -36,12 +37,10 @@ class DraftRows:
     def build(rows: Sequence[Row], page_size: int, width: int, device: torch.device | str) -> DraftRows:
         start = np.array([row.start for row in rows], dtype=np.int64)
         longest = int(start.max())
-        keys = -(-longest // _KEY_MULTIPLE) * _KEY_MULTIPLE
-        slots = np.zeros((len(rows), keys), dtype=np.int64)
-        position = np.arange(longest)
-        for line, row in zip(slots, rows, strict=True):
-            seen = position[: row.start]
-            line[: row.start] = np.array(row.request.pages)[seen // page_size] * page_size + seen % page_size
+        pages = np.zeros((len(rows), -(-_padded(longest) // page_size)), dtype=np.int64)
+        for line, row in zip(pages, rows, strict=True):
+            count = -(-row.start // page_size)
+            line[:count] = row.request.pages[:count]
         params = [row.request.params for row in rows]
 
         def move(values: object, dtype: type) -> Tensor:
@@ -50,7 +49,8 @@ class DraftRows:
         return DraftRows(
             anchors=move([row.request.token_ids[row.start] for row in rows], np.int64),
             start=move(start, np.int64),
-            slots=move(slots, np.int64),
+            pages=move(pages, np.int64),
+            page_size=page_size,
             counts=tuple(min(width, row.max_drafts) for row in rows),
             longest=longest,
             sampling=SamplingBatch(
@@ -64,6 +64,16 @@ class DraftRows:
                 any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
             ),
         )
+
+    def context(self) -> tuple[Tensor, Tensor]:
+        """Slot of each context position [rows, keys] int64, and which of them a row has [rows, keys] bool."""
+        position = torch.arange(_padded(self.longest), device=self.pages.device)
+        slots = self.pages[:, position // self.page_size] * self.page_size + position % self.page_size
+        return slots, position < self.start.unsqueeze(1)
+
+
+def _padded(keys: int) -> int:
+    return -(-keys // _KEY_MULTIPLE) * _KEY_MULTIPLE
 
 
 @dataclass(frozen=True)

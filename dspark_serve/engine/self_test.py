@@ -16,7 +16,7 @@ from dspark_serve.types import Request, SamplingParams
 
 WORTHLESS = 1.05  # accepted tokens per step below which drafting is switched off
 _FAR_BELOW = 0.7  # of the stored value
-_MAX_TOKENS = 32
+_MAX_TOKENS = 24
 _PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",

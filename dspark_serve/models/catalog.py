@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-CACHE_FORMAT = 1  # part of every entry's name: raise it when conversion changes, and old entries are rebuilt
+CACHE_FORMAT = 2  # part of every entry's name: raise it when conversion changes, and old entries are rebuilt
 _PARTIAL = ".partial-"
 _STALE_S = 24 * 3600.0  # a partial entry this old belongs to a process that was killed
 _CHUNK = 1 << 20

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.native import Kernels
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
-from dspark_serve.models.layers import Finish, Linear, Operations, RMSNorm, Rotary, operations
+from dspark_serve.models.layers import Affine, Finish, Linear, Operations, RMSNorm, Rotary, Weight, operations
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -145,13 +147,18 @@ def _windows(architecture: str, values: Mapping[str, Any]) -> tuple[int | None, 
 
 
 class _Loading:
-    """Every tensor of the model, filled with NaN until its part of the checkpoint has been copied in."""
+    """The checkpoint's tensors, checked, then handed out once each: parts joined, in the precision of the model.
 
-    def __init__(self, config: DenseConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self.whole: dict[str, Tensor] = {}  # by the model's own name
-        self._parts: dict[str, Tensor] = {}  # by the checkpoint's name: views into the above
+    With `as_stored` matrices stay in bfloat16 or in blocks where all their parts are so.
+    """
+
+    def __init__(self, config: DenseConfig, dtype: torch.dtype, device: torch.device, as_stored: bool) -> None:
+        self._dtype, self._device, self._as_stored = dtype, device, as_stored
+        self._parts: dict[str, tuple[str, ...]] = {}  # the model's own name -> the checkpoint's names, joined by rows
+        self._shapes: dict[str, tuple[int, ...]] = {}  # by the checkpoint's name
+        self._given: dict[str, Weight] = {}  # likewise
         self._tied = config.tied
+        self.kept: set[str] = set()  # how matrices are stored, for people
         c, width = config, config.heads * config.head_dim
         kv_width = c.kv_heads * c.head_dim
         qkv = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
@@ -173,52 +180,73 @@ class _Loading:
         self._add("norm", {"model.norm.weight": c.hidden_size})
         if not c.tied:
             self._add("head", {"lm_head.weight": c.vocab_size}, c.hidden_size)
-        self._missing = dict.fromkeys(self._parts)
 
     def _add(self, name: str, parts: Mapping[str, int], columns: int | None = None) -> None:
-        shape = (sum(parts.values()),) if columns is None else (sum(parts.values()), columns)
-        self.whole[name] = torch.full(shape, float("nan"), dtype=self._dtype, device=self._device)
-        self._parts.update(zip(parts, torch.split(self.whole[name], list(parts.values())), strict=True))
+        self._parts[name] = tuple(parts)
+        for part, rows in parts.items():
+            self._shapes[part] = (rows,) if columns is None else (rows, columns)
 
     def _linear(self, name: str, prefix: str, parts: Mapping[str, int], columns: int, bias: bool) -> None:
         self._add(f"{name}.weight", {f"{prefix}{part}.weight": rows for part, rows in parts.items()}, columns)
         if bias:
             self._add(f"{name}.bias", {f"{prefix}{part}.bias": rows for part, rows in parts.items()})
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         """Raises ValueError naming tensors that are unexpected, misshapen, missing or not numbers."""
         unexpected = []
         for name, tensor in weights:
-            target = self._parts.get(name)
-            if target is None:
+            shape = self._shapes.get(name)
+            if shape is None:
                 if not name.endswith("rotary_emb.inv_freq") and not (self._tied and name == "lm_head.weight"):
                     unexpected.append(name)
                 continue
-            if target.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(target.shape)}")
-            target.copy_(tensor)
-            self._missing.pop(name, None)
+            if shape != tuple(tensor.shape):
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
+            self._given[name] = tensor
         if unexpected:
             raise ValueError(f"the checkpoint has tensors the model has no place for: {_listed(unexpected)}")
-        if self._missing:
-            raise ValueError(f"the checkpoint lacks {_listed(list(self._missing))}")
-        broken = [name for name, tensor in self._parts.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+        missing = [name for name in self._shapes if name not in self._given]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {_listed(missing)}")
+        broken = [name for name, tensor in self._given.items() if not _finite(tensor)]
         if broken:
             raise ValueError(f"the checkpoint holds values that are not finite in {_listed(broken)}")
 
-    def take(self, name: str) -> Tensor | None:
+    def take(self, name: str) -> Weight:
         """Hand a tensor over, so that its memory goes once it is packed."""
-        self._parts.clear()
-        return self.whole.pop(name, None)
+        parts = [self._given.pop(part) for part in self._parts.pop(name)]
+        blocks = [part for part in parts if isinstance(part, BlockWeight)]
+        if self._as_stored and len(blocks) == len(parts):
+            joined = BlockWeight.cat(blocks)
+            self.kept.add(f"{joined.bits}-bit blocks")
+            return joined
+        tensors = [part.dequantize() if isinstance(part, BlockWeight) else part for part in parts]
+        matrix, dtype = tensors[0].dim() == 2, self._dtype
+        if self._as_stored and matrix and all(part.dtype == torch.bfloat16 for part in tensors):
+            dtype = torch.bfloat16
+        if matrix:
+            self.kept.add(str(dtype).removeprefix("torch."))
+        tensors = [part.to(self._device, dtype) for part in tensors]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self.take(name)
-        assert tensor is not None, name
-        return tensor
+        """A tensor in the precision of the model."""
+        return self.widened(self.take(name))
 
-    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def widened(self, weight: Weight) -> Tensor:
+        if isinstance(weight, BlockWeight):
+            return weight.dequantize().to(self._device, self._dtype)
+        return weight.to(self._dtype, copy=True)  # the checkpoint's memory may be mapped
+
+    def linear(self, name: str) -> Affine:
         """Weight and bias."""
-        return self.tensor(f"{name}.weight"), self.take(f"{name}.bias")
+        bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self._parts else None
+        return self.take(f"{name}.weight"), bias
+
+
+def _finite(weight: Weight) -> bool:
+    values = (weight.scales, weight.minima) if isinstance(weight, BlockWeight) else (weight,)
+    return all(bool(value.sum(dtype=torch.float32).isfinite()) for value in values)
 
 
 def _listed(names: Sequence[str], shown: int = 8) -> str:
@@ -244,11 +272,12 @@ class DenseModel:
         embed: Tensor,  # [vocab, hidden]
         norm: RMSNorm,
         head: Linear,  # hidden -> vocab
-        ops: Operations,
+        kernels: Kernels | None,
+        backend: str,
     ) -> None:
         self.config = config
         self._layers = tuple(layers)
-        self._embed, self._norm, self._head, self._kernels = embed, norm, head, ops.kernels
+        self._embed, self._norm, self._head, self._kernels = embed, norm, head, kernels
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
             architecture=config.architecture,
@@ -258,19 +287,23 @@ class DenseModel:
             max_model_len=config.usable_positions,
             kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
             dtype=embed.dtype,
-            native=ops.kernels is not None,
-            backend=ops.name,
+            native=kernels is not None,
+            backend=backend,
         )
 
     @staticmethod
     def from_weights(
         config: Mapping[str, Any] | Any,
-        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        weights: Mapping[str, Weight] | Iterable[tuple[str, Weight]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernels: str = "auto",
+        as_stored: bool = False,
     ) -> DenseModel:
         """From a config (config.json's contents or a Transformers config) and a checkpoint's named tensors.
+
+        as_stored: where kernels can, keep matrices in bfloat16 or in blocks, and compute in `dtype` with the very
+        values they stand for. Results have the bits of the widened weights.
 
         Raises UnsupportedConfig for what the family does not cover here, ValueError for tensors that are missing,
         unexpected, misshapen or not finite, naming them. Rotary buffers and a tied head's copy are ignored.
@@ -281,14 +314,16 @@ class DenseModel:
         except ValueError as error:
             raise UnsupportedConfig(f"{parsed.architecture}: {error}") from error
         with torch.no_grad():
-            loading = _Loading(parsed, dtype, torch.device(device))
-            loading.load(weights.items() if isinstance(weights, Mapping) else weights)
             ops = operations(dtype, torch.device(device), kernels)
+            loading = _Loading(parsed, dtype, torch.device(device), as_stored and ops.kernels is not None)
+            loading.load(weights.items() if isinstance(weights, Mapping) else weights)
             layers = [_make_layer(parsed, loading, ops, layer) for layer in range(parsed.num_layers)]
-            embed = loading.tensor("embed")
+            stored = loading.take("embed")
+            embed = loading.widened(stored)
             norm = RMSNorm(loading.tensor("norm"), parsed.norm_eps)
-            head = ops.linear(embed if parsed.tied else loading.tensor("head"))
-            return DenseModel(parsed, layers, embed, norm, head, ops)
+            head = ops.linear(stored if parsed.tied else loading.take("head"))
+            kept = f"{ops.name}, weights in {' and '.join(sorted(loading.kept))}"
+            return DenseModel(parsed, layers, embed, norm, head, ops.kernels, kept)
 
     @property
     def info(self) -> ModelInfo:

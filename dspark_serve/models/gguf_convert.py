@@ -1,4 +1,5 @@
-"""A GGUF file becomes an ordinary model directory: config, fp32 safetensors, tokenizer, generation defaults.
+"""A GGUF file becomes an ordinary model directory: config, fp32 safetensors, tokenizer, generation defaults. Beside
+them lie its quantised matrices as they are.
 
 Transformers reads the metadata and undoes llama.cpp's row permutation; here is what it leaves out (digit splitting,
 RoPE scaling, stop ids, completeness). Runs once per file. Must not know: the cache, the server.
@@ -16,7 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark_serve.models.blocks_file import BLOCKS_FILE, write_blocks
 from dspark_serve.models.catalog import LoadError
+from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES
+from dspark_serve.models.gguf_blocks import quantised_matrices
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,10 @@ def convert(source: Path, target: Path) -> None:
     except Exception as error:  # the reader and Transformers raise whatever they tripped over
         raise LoadError(f"The GGUF file {source.name} cannot be read: {_first_line(error)}") from error
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    if config["architectures"][0] in SUPPORTED_ARCHITECTURES:
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        architecture = metadata["general.architecture"]
+        write_blocks(quantised_matrices(source, architecture, heads, tensors), target / BLOCKS_FILE)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (target / "generation_config.json").write_text(json.dumps(_generation(metadata), indent=2) + "\n")
     if "tokenizer.ggml.tokens" in metadata:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_kernels import native
+from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.native import Kernels
 
 PACK_ROWS = (
@@ -40,7 +41,8 @@ class Finish(Protocol):
     def __call__(self, attended: Tensor, hidden: Tensor) -> Tensor: ...
 
 
-Affine = tuple[Tensor, Tensor | None]  # weight [out_features, in_features] and bias
+Weight = Tensor | BlockWeight
+Affine = tuple[Weight, Tensor | None]  # weight [out_features, in_features] and bias
 
 
 class Operations(Protocol):
@@ -56,7 +58,7 @@ class Operations(Protocol):
         """What attention may use."""
         ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
         """x -> norm(x) W^T + b for weight [out_features, in_features], which the caller should drop."""
         ...
 
@@ -81,7 +83,7 @@ class NativeOperations:
         self.kernels = kernels
         self.name = f"native {kernels.isa} float32"
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
         return self._product(native.PackedWeight(self.kernels, weight, bias, False), norm)
 
     def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> Finish:
@@ -116,7 +118,7 @@ class TorchOperations:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.name = f"{'onednn-packed' if _packs(dtype, device) else 'torch'} {str(dtype).removeprefix('torch.')}"
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
         linear = _plain_or_packed(weight, bias)
         return linear if norm is None else lambda x: linear(norm(x))
 
@@ -169,7 +171,9 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and available
 
 
-def _plain_or_packed(weight: Tensor, bias: Tensor | None) -> Linear:
+def _plain_or_packed(weight: Weight, bias: Tensor | None) -> Linear:
+    if isinstance(weight, BlockWeight):
+        weight = weight.dequantize()
     return (PackedLinear if _packs(weight.dtype, weight.device) else PlainLinear)(weight, bias)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dspark_kernels.blocks import BlockWeight
+from dspark_serve.models.blocks_file import BLOCKS_FILE, read_blocks
 from dspark_serve.models.catalog import CATALOG, CatalogEntry, LoadError, ModelNotFound, cached, fetch
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ def load_model(
 ) -> TargetModel:
     """Build the target model: native code for the dense family, Transformers' for any other decoder.
 
-    dtype "auto" is float32 on CPU, else the checkpoint's; kernels "torch" leaves out the C++ ones.
+    dtype "auto" is the checkpoint's on a GPU. On CPU it is float32 arithmetic on weights that stay as they are stored
+    where the C++ kernels can read them so (bfloat16, GGUF blocks): results equal those of "float32" bit for bit.
+    kernels "torch" leaves out the C++ ones.
     Raises LoadError naming the file, tensor or architecture.
     """
     config = read_config(resolved.path)
@@ -99,7 +103,7 @@ def load_model(
     if not architectures:
         raise LoadError(f"{resolved.path / 'config.json'} names no architecture.")
     try:
-        return _build(resolved.path, architectures[0], number, place, trust_remote_code, kernels)
+        return _build(resolved.path, architectures[0], number, place, trust_remote_code, kernels, dtype == "auto")
     except LoadError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError, SafetensorError) as error:
@@ -114,7 +118,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "config.json", required=True)
 
 
-def iterate_weights(directory: Path, progress: bool = True) -> Iterator[tuple[str, Tensor]]:
+def iterate_stored(directory: Path) -> Iterator[tuple[str, Tensor | BlockWeight]]:
+    """As iterate_weights, but what a GGUF file held in blocks comes as such."""
+    try:
+        blocks = read_blocks(directory / BLOCKS_FILE)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise LoadError(f"{directory / BLOCKS_FILE} is damaged or truncated: {error}") from error
+    yield from blocks.items()
+    yield from iterate_weights(directory, without=blocks)
+
+
+def iterate_weights(
+    directory: Path, progress: bool = True, without: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the checkpoint, memory-mapped: a tensor's bytes are read when they are first used.
 
     Raises LoadError for a missing, truncated or garbled file.
@@ -128,7 +144,8 @@ def iterate_weights(directory: Path, progress: bool = True) -> Iterator[tuple[st
                 with safe_open(file, framework="pt", device="cpu") as handle:
                     for name in handle.keys():  # noqa: SIM118 - not a mapping
                         tensor = handle.get_tensor(name)
-                        yield name, tensor
+                        if name not in without:
+                            yield name, tensor
                         bar.update(tensor.nbytes)
             except (SafetensorError, OSError) as error:
                 raise LoadError(f"{file} is damaged or truncated: {error}") from error
@@ -144,7 +161,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise LoadError(f"{index} has no weight_map.")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
-        files = sorted(directory.glob("*.safetensors"))
+        files = sorted(set(directory.glob("*.safetensors")) - {directory / BLOCKS_FILE})
         if (directory / "model.safetensors") in files:  # adapters or a consolidated copy may lie beside it
             files = [directory / "model.safetensors"]
     missing = [file for file in files if not file.is_file()]
@@ -217,13 +234,14 @@ def _check_directory(path: Path) -> None:
 
 
 def _build(
-    path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool, kernels: str
+    path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool, kernels: str, as_stored: bool
 ) -> TargetModel:
     from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseModel, UnsupportedConfig
 
     if architecture in SUPPORTED_ARCHITECTURES:
         try:
-            return DenseModel.from_weights(read_config(path), iterate_weights(path), dtype, device, kernels)
+            weights = iterate_stored(path) if as_stored else iterate_weights(path)
+            return DenseModel.from_weights(read_config(path), weights, dtype, device, kernels, as_stored)
         except UnsupportedConfig as error:  # a variation of the family that only the general code knows
             logger.info("%s goes through Transformers: %s", path.name, error)
     from dspark_serve.models.hf import HFModel  # imports Transformers' modelling code, which takes seconds

@@ -1,4 +1,5 @@
-"""The C++ kernels in cpu/, through their C interface: few-row products and paged attention in float32.
+"""The C++ kernels in cpu/, through their C interface: few-row products and paged attention in
+float32, with weights of float32, bfloat16 or blocks of codes.
 
 Every result is row-invariant: the bits of a row do not depend on the other rows or on the number of threads.
 """
@@ -14,15 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dspark_kernels.blocks import BlockWeight
+
 logger = logging.getLogger(__name__)
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
 
 
+FLOAT32, BFLOAT16, CODES4, CODES8 = range(4)  # how a packed weight is stored, weights.h
+
+
+class _Source(ctypes.Structure):  # mirrors pack.cpp
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "scales", "minima")),
+        *((name, c_int64) for name in ("storage", "group", "outputs", "inputs", "gated")),
+    )
+
+
 class _Product(ctypes.Structure):  # mirrors gemm.cpp
     _fields_ = (
         *((name, c_void_p) for name in ("x", "norm", "packed", "bias", "residual", "y", "scratch")),
-        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride", "epilogue")),
+        *((name, c_int64) for name in ("storage", "group", "rows", "inputs", "outputs", "x_stride", "epilogue")),
         ("eps", c_float),
     )
 
@@ -33,25 +46,43 @@ class _Attention(ctypes.Structure):  # mirrors attention.cpp
         *((name, c_void_p) for name in ("pages", "first", "queries", "contexts", "keys", "values", "out")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "tokens", "rows", "max_pages")),
         *((name, c_int64) for name in ("page_size", "heads", "kv_heads", "head_dim", "value_dim", "window")),
-        *((name, c_int64) for name in ("table_stride", "threads")),
+        *((name, c_int64) for name in ("table_stride", "block", "threads")),
         *((name, c_float) for name in ("scale", "softcap", "eps")),
     )
 
 
 class PackedWeight:
-    """A weight [outputs, inputs] laid out for the kernels, with its bias; `gated`: half gates, half their ups."""
+    """A weight [outputs, inputs] laid out for the kernels, with its bias; `gated`: half gates, half their ups.
 
-    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, gated: bool) -> None:
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.dim() != 2:
-            raise ValueError(f"only float32 matrices in main memory can be packed, not {weight.dtype} {weight.device}")
-        weight = weight.contiguous()
+    float32, bfloat16 or blocks: it is stored as it came, and read as the float32 it stands for.
+    """
+
+    def __init__(self, kernels: Kernels, weight: Tensor | BlockWeight, bias: Tensor | None, gated: bool) -> None:
+        source, kept = _source(weight, gated)
         rows, self.inputs = weight.shape
         self.outputs = rows // 2 if gated else rows
-        self.gated = gated
+        self.gated, self.storage, self.group = gated, source.storage, source.group
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self.panels = torch.empty(kernels.library.dspark_packed_size(rows, self.inputs, gated))
+        self.panels = torch.empty(kernels.library.dspark_packed_size(ctypes.byref(source)), dtype=torch.uint8)
         self.panels_at, self.bias_at = self.panels.data_ptr(), _pointer(self.bias)
-        kernels.library.dspark_pack(weight.data_ptr(), self.panels_at, rows, self.inputs, gated)
+        kernels.library.dspark_pack(ctypes.byref(source), self.panels_at)
+        del kept
+
+
+def _source(weight: Tensor | BlockWeight, gated: bool) -> tuple[_Source, list[Tensor]]:
+    """For pack.cpp, and the tensors whose memory it points into."""
+    if isinstance(weight, BlockWeight):
+        kept = [part.contiguous() for part in (weight.codes, weight.scales, weight.minima)]
+        storage, group = (CODES4 if weight.bits == 4 else CODES8), weight.group
+    elif weight.dtype in (torch.float32, torch.bfloat16) and weight.dim() == 2:
+        kept = [weight.contiguous()]
+        storage, group = (FLOAT32 if weight.dtype == torch.float32 else BFLOAT16), weight.shape[1]
+    else:
+        raise ValueError(f"only matrices of float32, bfloat16 or blocks can be packed, not {weight.dtype}")
+    if kept[0].device.type != "cpu":
+        raise ValueError(f"only matrices in main memory can be packed, not on {kept[0].device}")
+    pointers = [*(tensor.data_ptr() for tensor in kept), None, None][:3]
+    return _Source(*pointers, storage, group, *weight.shape, gated), kept
 
 
 class Kernels:
@@ -60,9 +91,9 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         library.dspark_isa.restype = ctypes.c_char_p
         library.dspark_lanes.restype = c_int64
-        library.dspark_packed_size.argtypes = (c_int64,) * 3
+        library.dspark_packed_size.argtypes = (c_void_p,)
         library.dspark_packed_size.restype = c_int64
-        library.dspark_pack.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
+        library.dspark_pack.argtypes = (c_void_p, c_void_p)
         library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
         for function in (library.dspark_pack, library.dspark_products, library.dspark_attention, library.dspark_argmax):
@@ -94,6 +125,8 @@ class Kernels:
             _pointer(residual),
             out.data_ptr(),
             _pointer(scratch),
+            weight.storage,
+            weight.group,
             rows,
             inputs,
             weight.outputs,
@@ -129,9 +162,9 @@ class Kernels:
         second = (middle, norm.data_ptr(), gate_up.panels_at, gate_up.bias_at, None, between, normed)
         third = (between, None, down.panels_at, down.bias_at, middle, result.data_ptr(), None)
         tasks = (_Product * 3)(
-            _Product(*first, rows, out.inputs, width, out.inputs, RESIDUAL, 0.0),
-            _Product(*second, rows, width, inner, width, SWIGLU, eps),
-            _Product(*third, rows, inner, width, inner, RESIDUAL, 0.0),
+            _Product(*first, out.storage, out.group, rows, out.inputs, width, out.inputs, RESIDUAL, 0.0),
+            _Product(*second, gate_up.storage, gate_up.group, rows, width, inner, width, SWIGLU, eps),
+            _Product(*third, down.storage, down.group, rows, inner, width, inner, RESIDUAL, 0.0),
         )
         self.library.dspark_products(tasks, 3, torch.get_num_threads())
         return result
@@ -163,8 +196,12 @@ class Kernels:
         softcap: float | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
         norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
+        block: bool = False,
     ) -> Tensor:
-        """Causal attention of every token over its row's keys; returns [tokens, heads, value_dim]."""
+        """Causal attention of every token over its row's keys; returns [tokens, heads, value_dim].
+
+        As a `block` a row's tokens see its whole context and each other, and their keys and values are not kept.
+        """
         tokens, heads, head_dim = q.shape
         kv_heads, value_dim = v.shape[1:]
         out = q.new_empty(tokens, heads, value_dim)
@@ -203,6 +240,7 @@ class Kernels:
                     value_dim,
                     window or 0,
                     2 * head_dim,
+                    block,
                     torch.get_num_threads(),
                     scale,
                     softcap or 0.0,

@@ -5,13 +5,38 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dspark_kernels import native
 from dspark_serve.drafters.rows import Drawer
-from tests.drafters.golden import HEADS, golden_plan, golden_runs, golden_tensors, replay, target_of
+from tests.drafters.golden import (
+    HEADS,
+    golden_plan,
+    golden_runs,
+    golden_target,
+    golden_tensors,
+    replay,
+    target_of,
+)
 from tests.toy import make_engine, make_request
 
 TOLERANCE = 1e-4
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def arithmetic(request, monkeypatch):
+    """Once as the machine does it, once without the C++ kernels."""
+    if request.param == "kernels":
+        yield
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "load", lambda name=None: None)
+        golden_target.cache_clear()
+        golden_plan.cache_clear()
+        yield
+    golden_target.cache_clear()
+    golden_plan.cache_clear()
+
+
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("head", HEADS)
 def test_every_round_of_every_run(head):
     """Drafts, confidences, verified and accepted counts, and the text; all runs of a head as one ragged batch."""
@@ -46,6 +71,7 @@ class Recorder:
         return self.drawer.draw(logits, sampling, slot)
 
 
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("head", HEADS)
 def test_tensors_of_the_first_rounds(head, monkeypatch):
     """Hidden states of the block, logits before and after the Markov bias, and layer 0's context K/V."""

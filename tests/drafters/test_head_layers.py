@@ -22,6 +22,7 @@ def test_attention_biases_are_added():
     for one, other, bias in (
         (plain.q, biased.q, biases["q"]),
         (plain.kv, biased.kv, torch.cat([biases["k"], biases["v"]])),
-        (plain.out, biased.out, biases["o"]),
     ):
         torch.testing.assert_close(other(x) - one(x), bias.expand(3, -1), atol=1e-4, rtol=1e-5)
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(biased.finish(x, hidden), plain.finish(x, hidden + biases["o"]), atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def original_weights(arch: str, shape: Shape = LLAMA_SHAPE) -> dict[str, np.ndar
     return {name: random.standard_normal(size).astype(np.float32) for name, size in every.items()}
 
 
+def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """Any bytes at all but for the float16 numbers, which are finite: [rows, bytes per row]."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(sum(shape))
+    blocks = random.integers(0, 256, (shape[0] * shape[1] // weights, size), dtype=np.uint8)
+    for at in {"Q4_0": (0,), "Q8_0": (0,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
+        numbers = random.standard_normal(len(blocks)) * 0.01
+        blocks[:, at : at + 2] = numbers.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
+
+
 def write_gguf(
     path: Path,
     arch: str,
@@ -76,8 +88,10 @@ def write_gguf(
     pre: str = "gpt-2",
     eot: int | None = None,
     shape: Shape = LLAMA_SHAPE,
+    exceptions: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> None:
-    """Write `weights` (Transformers' names and layout), matrices as `kind`, vectors as fp32."""
+    """Write `weights` (Transformers' names and layout), matrices as `kind` or what `exceptions` says of their part of
+    a layer ("attn_v"), vectors as fp32."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(256)
     writer.add_embedding_length(shape.hidden)
@@ -101,9 +115,15 @@ def write_gguf(
         writer.add_eot_token_id(eot)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     for name, weight in weights.items():
-        stored = kind if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
-        blocks = gguf.quantize(_llama_cpp_rows(arch, name, weight, shape), stored)
-        writer.add_tensor(_gguf_name(name), blocks, raw_dtype=stored)
+        theirs = _gguf_name(name)
+        stored = (exceptions or {}).get(theirs.split(".")[-2], kind)
+        if weight.ndim != 2:
+            stored = gguf.GGMLQuantizationType.F32
+        if stored.name.endswith("_K"):  # gguf has no code that makes these
+            blocks = random_blocks(stored, weight.shape)
+        else:
+            blocks = gguf.quantize(_llama_cpp_rows(arch, name, weight, shape), stored)
+        writer.add_tensor(theirs, blocks, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

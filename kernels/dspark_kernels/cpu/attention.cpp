@@ -1,7 +1,8 @@
 // Ragged paged attention in float32: prefill, decode and verification are rows of 1..n queries over their pages.
 //
 // First every token's queries and keys are normed and rotated and its K/V written to its slot; then each query attends over
-// the keys it may see, in order, alone: neither the other queries nor the length of the row change its sums.
+// the keys it may see, in order, alone: neither the other queries nor the length of the row change its sums. The tokens of
+// a drafted block see each other in both directions, and nothing of them is kept.
 #include "simd.h"
 
 #include <algorithm>
@@ -37,6 +38,7 @@ struct Attention {  // mirrored by native.py
     int64_t heads, kv_heads, head_dim, value_dim;
     int64_t window;        // tokens a query sees, itself included; 0: all
     int64_t table_stride;  // floats between positions of the tables
+    int64_t block;         // 1: queries see all of their row's keys, and those of its own tokens are not kept
     int64_t threads;
     float scale, softcap, eps;  // softcap 0: none
 };
@@ -69,6 +71,7 @@ void prepare(const Attention& a, int64_t token) {
             rotate_head(x, a.cosine + at, a.sine + at, a.head_dim);
         }
     }
+    if (a.block) return;
     int64_t slot = a.slots[token];
     std::memcpy(a.keys + slot * a.kv_heads * a.head_dim, k, a.kv_heads * a.head_dim * sizeof(float));
     std::memcpy(a.values + slot * a.kv_heads * a.value_dim, a.v + token * a.v_stride,
@@ -83,7 +86,7 @@ public:
           before_(a.contexts[row] - a.queries[row]) {}
 
     void run() {
-        int64_t stop = before_ + end_;  // keys the last query sees
+        int64_t stop = high(end_ - 1);
         first_block_ = low(begin_) / LANES;
         int64_t blocks = (stop + LANES - 1) / LANES - first_block_;
         thread_local std::vector<float> transposed, scores;
@@ -117,11 +120,19 @@ private:
         int64_t position = before_ + query;
         return a_.window ? std::max<int64_t>(0, position + 1 - a_.window) : 0;
     }
+    int64_t high(int64_t query) const { return a_.block ? a_.contexts[row_] : before_ + query + 1; }  // beyond the last
     int64_t slot(int64_t key) const {
         return a_.pages[row_ * a_.max_pages + key / a_.page_size] * a_.page_size + key % a_.page_size;
     }
-    const float* key(int64_t at) const { return a_.keys + (slot(at) * a_.kv_heads + kv_head_) * a_.head_dim; }
-    const float* value(int64_t at) const { return a_.values + (slot(at) * a_.kv_heads + kv_head_) * a_.value_dim; }
+    const float* key(int64_t at) const {
+        if (a_.block && at >= before_) return a_.k + token(at) * a_.k_stride + kv_head_ * a_.head_dim;
+        return a_.keys + (slot(at) * a_.kv_heads + kv_head_) * a_.head_dim;
+    }
+    const float* value(int64_t at) const {
+        if (a_.block && at >= before_) return a_.v + token(at) * a_.v_stride + kv_head_ * a_.value_dim;
+        return a_.values + (slot(at) * a_.kv_heads + kv_head_) * a_.value_dim;
+    }
+    int64_t token(int64_t at) const { return a_.first[row_] + at - before_; }
 
     // [LANES keys, head_dim] -> [head_dim, LANES keys]; keys from `stop` on repeat the last one and are masked later.
     void transpose(int64_t block, int64_t stop) {
@@ -135,7 +146,7 @@ private:
 
     template <int HEADS>
     void attend(int64_t query, int64_t first_head) {
-        int64_t begin = low(query), end = before_ + query + 1;
+        int64_t begin = low(query), end = high(query);
         int64_t from = begin / LANES - first_block_, to = (end + LANES - 1) / LANES - first_block_;
         const float* q = a_.q + (a_.first[row_] + query) * a_.q_stride + first_head * a_.head_dim;
         for (int64_t block = from; block < to; block++) score<HEADS>(q, block);

@@ -1,4 +1,5 @@
 // One vector of floats and the few operations the kernels need, per instruction set.
+// load_codes4: LANES bytes hold 2 * LANES numbers below 16, the first LANES of them in the low halves.
 // transpose: LANES floats from `at` of each of LANES rows become LANES columns, one vector after the other.
 //
 // Every sum in the kernels is a chain of `fma` in a fixed order, so a result never depends on how the work around it was
@@ -22,7 +23,7 @@ namespace dspark {
 
 using Vec = __m512;
 constexpr int LANES = 16;
-constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators, two weights and one input of 32 registers
+constexpr int REGISTERS = 32;
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
@@ -38,6 +39,20 @@ inline Vec power_of_two(Vec n) {  // 2^n for whole n in [-126, 128]
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline Vec load_bfloat16(const uint16_t* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Vec load_codes8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void load_codes4(const uint8_t* p, Vec& low, Vec& high) {
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // A permutation looks at four bits of its index: as a table lookup it needs neither mask nor conversion.
+    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    low = _mm512_permutexvar_ps(both, numbers);
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), numbers);
+}
 inline const char* isa() { return "avx512"; }
 inline void transpose(const float* const* rows, int64_t at, float* to) {
     __m512 a[16], b[16];
@@ -71,7 +86,7 @@ inline void transpose(const float* const* rows, int64_t at, float* to) {
 
 using Vec = __m256;
 constexpr int LANES = 8;
-constexpr int MAX_TILE_ROWS = 6;  // 12 accumulators, two weights and one input of 16 registers
+constexpr int REGISTERS = 16;
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
@@ -87,6 +102,18 @@ inline Vec power_of_two(Vec n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline Vec load_bfloat16(const uint16_t* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vec load_codes8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline void load_codes4(const uint8_t* p, Vec& low, Vec& high) {
+    __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    low = _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
+}
 inline const char* isa() { return "avx2"; }
 inline void transpose(const float* const* rows, int64_t at, float* to) {
     __m256 a[8], b[8];
@@ -112,7 +139,7 @@ inline void transpose(const float* const* rows, int64_t at, float* to) {
 
 using Vec = float32x4_t;
 constexpr int LANES = 4;
-constexpr int MAX_TILE_ROWS = 12;
+constexpr int REGISTERS = 32;
 inline Vec load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Vec v) { vst1q_f32(p, v); }
 inline Vec broadcast(float x) { return vdupq_n_f32(x); }
@@ -128,6 +155,19 @@ inline Vec power_of_two(Vec n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline Vec load_bfloat16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline Vec load_codes8(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(static_cast<uint32_t>(four))))));
+}
+inline void load_codes4(const uint8_t* p, Vec& low, Vec& high) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    uint32x4_t both = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+    low = vcvtq_f32_u32(vandq_u32(both, vdupq_n_u32(15)));
+    high = vcvtq_f32_u32(vshrq_n_u32(both, 4));
+}
 inline const char* isa() { return "neon"; }
 inline void transpose(const float* const* rows, int64_t at, float* to) {
     for (int i = 0; i < LANES; i++) {
@@ -139,7 +179,7 @@ inline void transpose(const float* const* rows, int64_t at, float* to) {
 
 struct Vec { float lane[4]; };
 constexpr int LANES = 4;
-constexpr int MAX_TILE_ROWS = 4;
+constexpr int REGISTERS = 16;  // of SSE2
 template <class F> inline Vec map(F f) { return {{f(0), f(1), f(2), f(3)}}; }
 inline Vec load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
@@ -155,6 +195,19 @@ inline Vec vmax(Vec a, Vec b) { return map([&](int i) { return a.lane[i] > b.lan
 inline Vec round_even(Vec a) { return map([&](int i) { return std::nearbyint(a.lane[i]); }); }
 inline Vec power_of_two(Vec n) { return map([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.lane[i])); }); }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline Vec load_bfloat16(const uint16_t* p) {
+    return map([&](int i) {
+        uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    });
+}
+inline Vec load_codes8(const int8_t* p) { return map([&](int i) { return static_cast<float>(p[i]); }); }
+inline void load_codes4(const uint8_t* p, Vec& low, Vec& high) {
+    low = map([&](int i) { return static_cast<float>(p[i] & 15); });
+    high = map([&](int i) { return static_cast<float>(p[i] >> 4); });
+}
 inline const char* isa() { return "portable"; }
 inline void transpose(const float* const* rows, int64_t at, float* to) {
     for (int i = 0; i < LANES; i++) {

@@ -1,0 +1,93 @@
+"""Weights in blocks or bfloat16 have, in the kernels, the bits of the float32 numbers they stand for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.native import Kernels, PackedWeight
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from helpers import INSTRUCTION_SETS, load_kernels
+
+SHAPES = [(5, 32), (33, 64), (100, 576), (70, 1536)]  # [outputs, inputs]
+ROWS = (1, 2, 3, 4, 5, 8, 12, 13, 25, 48, 73, 90)  # beyond 72 every instruction set decodes panels first
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_kernels(request.param)
+
+
+def block_weight(rows: int, columns: int, bits: int, group: int) -> BlockWeight:
+    """Random codes over their whole range; scales are float16 numbers as in files, some of them negative or zero."""
+    torch.manual_seed(rows * columns + bits + group)
+    codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
+    scales = (torch.randn(rows, columns // group) * 0.01).half().float()
+    scales[0] = 0
+    minima = torch.randn(rows, columns // group).half().float()
+    return BlockWeight(codes if bits == 4 else codes.view(torch.int8), scales, minima)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_have_the_bits_of_their_floats(kernels: Kernels, shape: tuple[int, int], bits: int, group: int) -> None:
+    check(kernels, block_weight(*shape, bits, group))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), *SHAPES])
+def test_bfloat16_has_the_bits_of_its_floats(kernels: Kernels, shape: tuple[int, int]) -> None:
+    check(kernels, torch.randn(shape).bfloat16())
+
+
+def check(kernels: Kernels, weight: BlockWeight | Tensor) -> None:
+    floats = weight.dequantize() if isinstance(weight, BlockWeight) else weight.float()
+    outputs, inputs = weight.shape
+    bias, norm = torch.randn(outputs), torch.randn(inputs)
+    for gated in {False, outputs % 2 == 0}:
+        stored, plain = (PackedWeight(kernels, w, bias, gated) for w in (weight, floats))
+        for rows in ROWS:
+            x = torch.randn(rows, inputs)
+            assert torch.equal(kernels.product(x, stored), kernels.product(x, plain)), rows
+            if inputs % kernels.lanes == 0:
+                got = kernels.product(x, stored, norm, 1e-5)
+                assert torch.equal(got, kernels.product(x, plain, norm, 1e-5)), rows
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_they_take_little_memory(kernels: Kernels, bits: int) -> None:
+    packed = PackedWeight(kernels, block_weight(64, 576, bits, 32), None, False)
+    assert packed.panels.nbytes == 64 * 576 * (bits + 2) // 8  # 64 bits of scale and minimum per group
+
+
+def test_codes_lie_low_half_first() -> None:
+    weight = BlockWeight(torch.tensor([[0x21, 0xF3]], dtype=torch.uint8), torch.ones(1, 2), torch.zeros(1, 2))
+    assert weight.dequantize().tolist() == [[1, 2, 3, 15]]
+
+
+def test_joining_changes_no_value() -> None:
+    parts = [block_weight(6, 64, 4, 32), block_weight(10, 64, 8, 16), block_weight(4, 64, 4, 32)]
+    joined = BlockWeight.cat(parts)
+    assert (joined.bits, joined.group) == (8, 16)
+    assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    alike = BlockWeight.cat([parts[0], parts[2]])
+    assert (alike.bits, alike.group) == (4, 32)
+
+
+@pytest.mark.parametrize("scales", [(3, 2), (4, 3), (4, 64)])
+def test_parts_that_do_not_fit_are_refused(scales: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        BlockWeight(torch.zeros(4, 64, dtype=torch.int8), torch.ones(scales), torch.ones(scales))
+
+
+def test_other_types_are_refused(kernels: Kernels) -> None:
+    with pytest.raises(ValueError, match="scales and minima are float32"):
+        BlockWeight(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 2).half(), torch.ones(4, 2).half())
+    with pytest.raises(ValueError, match="float32, bfloat16 or blocks"):
+        PackedWeight(kernels, torch.ones(4, 8, dtype=torch.float16), None, False)
