@@ -106,7 +106,9 @@ def graft(
         length = 60.0 if minutes is None and updates is None else minutes
         train = TrainOptions(minutes=length, updates=updates, seed=seed, schedule=Schedule(learning_rate=learning_rate))
         options = GraftOptions(model, out, train, shape, records=records, write=write, data=data)
-        print(f"head: {run(options, _say)}")
+        head = run(options, _say)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one talks
+            print(f"head: {head}")
     except (LoadError, ValueError, OSError) as error:
         _fail(error)
 

@@ -7,68 +7,20 @@ every committed token, so that nothing is ever replayed. Must not know: verifica
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
-from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
-from dspark_serve.drafters.head_weights import (
-    Embed,
-    HeadWeights,
-    LMHead,
-    load_draft_vocab,
-    shared_embedding,
-    shared_lm_head,
-)
-from dspark_serve.drafters.markov import ConfidenceHead, MarkovHead
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
-from dspark_serve.models.base import TargetModel
-from dspark_serve.models.layers import Linear, RMSNorm, Rotary
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode
 
 
-@dataclass(frozen=True)
-class DSparkHead:
-    """The network, without any state. Make one with `from_weights`."""
-
-    config: HeadConfig
-    embed: Embed
-    lm_head: LMHead
-    fc: Linear  # len(taps) * hidden -> hidden
-    hidden_norm: RMSNorm
-    layers: tuple[HeadLayer, ...]
-    norm: RMSNorm
-    rotary: Rotary
-    markov: MarkovHead | None
-    confidence: ConfidenceHead | None
-    draft_vocab: Tensor | None  # [n] int64, ascending
-
-    @staticmethod
-    def from_weights(config: HeadConfig, weights: HeadWeights, target: TargetModel) -> DSparkHead:
-        """Raises HeadError naming tensors that are missing, misshapen, unexpected or not finite."""
-        c, hidden = config, config.hidden_size
-        draft_vocab = load_draft_vocab(c, weights)
-        embed = shared_embedding(c, weights, target)
-        lm_head = shared_lm_head(c, weights, target, draft_vocab)
-        head = DSparkHead(
-            config=c,
-            embed=embed,
-            lm_head=lm_head,
-            fc=weights.linear({"fc": hidden}, len(c.taps) * hidden),
-            hidden_norm=weights.norm("hidden_norm.weight", hidden, c.norm_eps),
-            layers=tuple(HeadLayer.load(c, weights, layer, hidden) for layer in range(c.num_layers)),
-            norm=weights.norm("norm.weight", hidden, c.norm_eps),
-            rotary=Rotary(c.rope, c.head_dim, c.max_positions, target.info.dtype, target.device),
-            markov=MarkovHead(c, weights) if c.markov_rank else None,
-            confidence=ConfidenceHead(c, weights) if c.confidence else None,
-            draft_vocab=draft_vocab,
-        )
-        weights.check_empty()
-        return head
+class DSparkHead(Head):
+    """A block of slots over the context, all of it in one pass."""
 
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
@@ -122,12 +74,6 @@ class DSparkHead:
             return layer.attend(q, k, v, context, store, index)
 
         return attend
-
-    def base_logits(self, hidden: Tensor) -> Tensor:
-        """Logits before the Markov bias, capped where the family caps them: [.., hidden] -> [.., drafted tokens]."""
-        logits = self.lm_head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
-        cap = self.config.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class DSparkDrafter:

@@ -8,51 +8,20 @@ Must not know: verification, budget, scheduling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
-from dspark_serve.drafters.head_config import HeadConfig
-from dspark_serve.drafters.head_layers import Context, HeadLayer
-from dspark_serve.drafters.head_weights import Embed, HeadWeights, LMHead, shared_embedding, shared_lm_head
+from dspark_serve.drafters.head import Head
+from dspark_serve.drafters.head_layers import Context
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
-from dspark_serve.models.base import TargetModel
-from dspark_serve.models.layers import Linear, RMSNorm, Rotary
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode
 
 
-@dataclass(frozen=True)
-class Eagle3Head:
-    """The network, without any state. Make one with `from_weights`."""
-
-    config: HeadConfig
-    embed: Embed
-    lm_head: LMHead
-    fc: Linear  # len(taps) * hidden -> hidden
-    hidden_norm: RMSNorm
-    layer: HeadLayer
-    norm: RMSNorm
-    rotary: Rotary
-
-    @staticmethod
-    def from_weights(config: HeadConfig, weights: HeadWeights, target: TargetModel) -> Eagle3Head:
-        """Raises HeadError naming tensors that are missing, misshapen, unexpected or not finite."""
-        c, hidden = config, config.hidden_size
-        head = Eagle3Head(
-            config=c,
-            embed=shared_embedding(c, weights, target),
-            lm_head=shared_lm_head(c, weights, target, None),
-            fc=weights.linear({"fc": hidden}, len(c.taps) * hidden),
-            hidden_norm=weights.norm("layers.0.hidden_norm.weight", hidden, c.norm_eps),
-            layer=HeadLayer.load(c, weights, 0, 2 * hidden),
-            norm=weights.norm("norm.weight", hidden, c.norm_eps),
-            rotary=Rotary(c.rope, c.head_dim, c.max_positions, target.info.dtype, target.device),
-        )
-        weights.check_empty()
-        return head
+class Eagle3Head(Head):
+    """One layer over entries, each of them an embedding and features."""
 
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
@@ -63,13 +32,8 @@ class Eagle3Head:
 
     def inputs(self, features: Tensor, token_ids: Tensor) -> Tensor:
         """What an entry's projections read, the embedding first: [n, hidden], [n] -> [n, 2 * hidden]."""
-        embedded = self.layer.input_norm(self.embed(token_ids))
+        embedded = self.layers[0].input_norm(self.embed(token_ids))
         return torch.cat([embedded, self.hidden_norm(features)], dim=-1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] before the final norm -> [n, vocab] float32."""
-        logits, cap = self.lm_head(self.norm(hidden)), self.config.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class Eagle3Drafter:
@@ -92,7 +56,7 @@ class Eagle3Drafter:
         return proposal if len(able) == len(rows) else proposal.spread(able, len(rows))
 
     def _chains(self, rows: Sequence[Row]) -> Proposal:
-        head, store, layer = self._head, self._store, self._head.layer
+        head, store, layer = self._head, self._store, self._head.layers[0]
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width, count = max(batch.counts), len(rows)
         # Slots 1..start-1 hold entries 0..start-2; entry start-1, with the anchor's embedding, opens the chain.
@@ -113,7 +77,7 @@ class Eagle3Drafter:
             chain = torch.stack(keys, dim=1), torch.stack(values, dim=1)  # [rows, slot + 1, kv_heads, head_dim]
             attended = layer.attend(q.unsqueeze(1), *chain, context, store, self._first_layer)
             features = layer.finish(attended, features).view(count, -1)  # the next step's input, before the norm
-            previous, probs = self._drawer.draw(head.logits(features), batch.sampling, slot)
+            previous, probs = self._drawer.draw(head.base_logits(head.norm(features)), batch.sampling, slot)
             drafts.add(previous, probs)
         return drafts.proposal()
 
@@ -133,7 +97,7 @@ class Eagle3Drafter:
         page = batch.page_table[owner, before // store.page_size]
         x = head.inputs(self._features(page * store.page_size + before % store.page_size), batch.token_ids[index])
         cos, sin = head.rotary.at(before, int(before.max()) + 1)
-        k, v = head.layer.keys_values(x)
+        k, v = head.layers[0].keys_values(x)
         dtype = store.keys[self._first_layer].dtype
         store.write(self._first_layer, slots, head.rotary.apply(k, cos, sin).to(dtype), v.to(dtype))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark_serve.drafters.base import DrafterPlan
+from dspark_serve.cache.store import KVStore
+from dspark_serve.drafters.base import Drafter, DrafterPlan
 from dspark_serve.drafters.dspark import DSparkDrafter, DSparkHead
 from dspark_serve.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
@@ -54,19 +55,21 @@ def _plan(
 ) -> DrafterPlan:
     width = config.block_size if width is None else width
     borrowed = shared_bytes(config, target)
+    head: Eagle3Head | DSparkHead
     if config.kind == "eagle3":
-        eagle = Eagle3Head.from_weights(config, weights, target)
-        return DrafterPlan(
-            name="eagle3",
-            make=lambda store, first: Eagle3Drafter(eagle, store, first, mode, width),
-            kv_layers=eagle.kv_layers,
-            num_bytes=weights.num_bytes,
-            separate_bytes=weights.num_bytes + borrowed,
-        )
-    head = DSparkHead.from_weights(config, weights, target)
+        name, head = "eagle3", Eagle3Head.from_weights(config, weights, target)
+    else:
+        name = "dspark" if config.markov_rank else "dflash"
+        head = DSparkHead.from_weights(config, weights, target)
+
+    def make(store: KVStore, first_layer: int) -> Drafter:
+        if isinstance(head, Eagle3Head):
+            return Eagle3Drafter(head, store, first_layer, mode, width)
+        return DSparkDrafter(head, store, first_layer, mode, width)
+
     return DrafterPlan(
-        name="dspark" if config.markov_rank else "dflash",
-        make=lambda store, first: DSparkDrafter(head, store, first, mode, width),
+        name=name,
+        make=make,
         kv_layers=head.kv_layers,
         num_bytes=weights.num_bytes,
         separate_bytes=weights.num_bytes + borrowed,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dspark_serve.engine.self_test import SelfTest, expected_length, run_self_test
+from dspark_serve.engine.self_test import _MAX_TOKENS, SelfTest, expected_length, run_self_test
 from dspark_serve.types import RowReport, StepReport
 from tests.tiny_model import byte_tokenizer
 
@@ -56,7 +56,7 @@ def test_asks_greedily_and_as_chat(tmp_path):
         text = bytes(request.prompt_token_ids).decode()
         assert text.startswith("<|user|>")
         assert text.endswith("\n<|assistant|>")
-        assert 0 < request.params.max_tokens == min(32, 90 - len(request.prompt_token_ids))
+        assert 0 < request.params.max_tokens == min(_MAX_TOKENS, 90 - len(request.prompt_token_ids))
     lengths = [len(request.prompt_token_ids) for request in engine.asked]
     assert 0 < len(lengths) < 4  # one prompt of the four is longer than this model's context
 
