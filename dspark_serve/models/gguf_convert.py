@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark_serve.models.blocks_file import BLOCKS_FILE, write_blocks
 from dspark_serve.models.catalog import LoadError
-from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES
+from dspark_serve.models.dense_config import SUPPORTED_ARCHITECTURES
 from dspark_serve.models.gguf_blocks import quantised_matrices
 
 logger = logging.getLogger(__name__)

@@ -236,7 +236,8 @@ def _check_directory(path: Path) -> None:
 def _build(
     path: Path, architecture: str, dtype: torch.dtype, device: torch.device, trust: bool, kernels: str, as_stored: bool
 ) -> TargetModel:
-    from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseModel, UnsupportedConfig
+    from dspark_serve.models.dense import DenseModel
+    from dspark_serve.models.dense_config import SUPPORTED_ARCHITECTURES, UnsupportedConfig
 
     if architecture in SUPPORTED_ARCHITECTURES:
         try:

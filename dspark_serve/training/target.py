@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_serve.models.dense import DenseConfig
+from dspark_serve.models.dense_config import DenseConfig
 from dspark_serve.models.fingerprint import fingerprint
 from dspark_serve.models.loader import iterate_weights, read_config
 

@@ -12,7 +12,8 @@ from helpers import Trace, chunked, run_one, run_steps
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore
-from dspark_serve.models.dense import SUPPORTED_ARCHITECTURES, DenseConfig, DenseModel, UnsupportedConfig
+from dspark_serve.models.dense import DenseModel
+from dspark_serve.models.dense_config import SUPPORTED_ARCHITECTURES, DenseConfig, UnsupportedConfig
 from dspark_serve.models.invariance import Chunk, probe_batch
 from dspark_serve.models.layers import PackedLinear, PlainLinear, operations, swiglu
 

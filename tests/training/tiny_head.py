@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_serve.drafters.head_config import HeadConfig
-from dspark_serve.models.dense import DenseConfig
+from dspark_serve.models.dense_config import DenseConfig
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.head import FrozenTarget, TrainableHead
 from dspark_serve.training.target import TargetWeights
