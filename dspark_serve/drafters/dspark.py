@@ -24,7 +24,7 @@ from dspark_serve.drafters.head_weights import (
     shared_lm_head,
 )
 from dspark_serve.drafters.markov import ConfidenceHead, MarkovHead
-from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.layers import Linear, RMSNorm, Rotary
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
@@ -142,8 +142,9 @@ class DSparkDrafter:
                 logits = bias.add_(logits)
             if head.confidence is not None:
                 confidence.append(head.confidence.logits(hidden[:, slot], embedded))
+            largest = largest_probability(logits)
             previous, probs = self._drawer.draw(logits, batch.sampling, slot)
-            drafts.add(previous, probs)
+            drafts.add(previous, probs, largest)
         return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_layers import Context, HeadLayer
 from dspark_serve.drafters.head_weights import Embed, HeadWeights, LMHead, shared_embedding, shared_lm_head
-from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.layers import Linear, RMSNorm, Rotary
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
@@ -113,8 +113,10 @@ class Eagle3Drafter:
             chain = torch.stack(keys, dim=1), torch.stack(values, dim=1)  # [rows, slot + 1, kv_heads, head_dim]
             attended = layer.attend(q.unsqueeze(1), *chain, context, store, self._first_layer)
             features = layer.finish(features, attended).view(count, -1)  # the next step's input, before the norm
-            previous, probs = self._drawer.draw(head.logits(features), batch.sampling, slot)
-            drafts.add(previous, probs)
+            logits = head.logits(features)
+            largest = largest_probability(logits)
+            previous, probs = self._drawer.draw(logits, batch.sampling, slot)
+            drafts.add(previous, probs, largest)
         return drafts.proposal()
 
     @torch.inference_mode()

@@ -52,12 +52,15 @@ def _plan(
             kv_layers=eagle.kv_layers,
             num_bytes=weights.num_bytes,
             separate_bytes=weights.num_bytes + borrowed,
+            costly="eagle3",
         )
     head = DSparkHead.from_weights(config, weights, target)
+    name = "dspark" if config.markov_rank else "dflash"
     return DrafterPlan(
-        name="dspark" if config.markov_rank else "dflash",
+        name=name,
         make=lambda store, first: DSparkDrafter(head, store, first, mode, width),
         kv_layers=head.kv_layers,
         num_bytes=weights.num_bytes,
         separate_bytes=weights.num_bytes + borrowed,
+        costly=name,
     )
