@@ -168,7 +168,7 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
                 spent = clock() - began
                 known = sum(times.get(shape, [(0.0, 0.0)])[0]) / 1e3
                 # The first pass, which warms up, leaves room for another.
-                if spent + known > (seconds * 0.45 if turn == 0 else seconds) and len(times) > 1:
+                if spent + known > (seconds * 0.6 if turn == 0 else seconds) and len(times) > 1:
                     if turn == 0:
                         break
                     continue

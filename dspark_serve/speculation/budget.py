@@ -70,16 +70,15 @@ def _per_row(admitted: Ints, rows: int) -> Ints:
 
 def convex_hull(times: Floats) -> Floats:
     """The largest convex curve nowhere above `times` [n]."""
-    hull = [0]
-    for i in range(1, len(times)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (times[b] - times[a]) * (i - a) < (times[i] - times[a]) * (b - a):
-                break
-            hull.pop()  # b lies on or above the line from a to i
-        hull.append(i)
-    convex: Floats = np.interp(np.arange(len(times)), hull, times[hull])
-    return convex
+    corners, last = [0], len(times) - 1
+    while corners[-1] < last:
+        here = corners[-1]
+        slopes = (times[here + 1 :] - times[here]) / np.arange(1, last - here + 1)
+        least = slopes.min()
+        # The farthest point of the least slope, give or take rounding: measured curves have long straight pieces.
+        corners.append(here + 1 + int(np.flatnonzero(slopes <= least + 1e-9 * abs(least))[-1]))
+    hull: Floats = np.interp(np.arange(last + 1), corners, times[corners])
+    return hull
 
 
 def lift_slow_rows(kept: Ints, survival: Floats, draft_ms: float, step_ms: Floats, tokens_per_s: float) -> Ints:

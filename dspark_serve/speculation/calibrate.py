@@ -185,7 +185,7 @@ class Calibrator:
 
 
 def _groups(signals: DraftSignals) -> dict[tuple[str, int], list[int]]:
-    """Rows by drafter and temperature range."""
+    """Rows by drafter and temperature range; mostly there is one of each."""
     groups: dict[tuple[str, int], list[int]] = {}
     for row, key in enumerate(zip(signals.kinds, signals.ranges.tolist(), strict=True)):
         groups.setdefault(key, []).append(row)

@@ -93,14 +93,16 @@ class _Curve:
     """
 
     def __init__(self, points: Sequence[Point], max_count: int) -> None:
-        points = [point for point in points if point.usable]
+        points = _quickest(points)
         self._key_ms = _slope(points, "context")
         self._row_ms = _slope(points, "rows", self._key_ms)
         by_count: dict[int, list[float]] = {}
-        for p in points:
+        for p in _shortest(points):  # long contexts tell what a key costs, and no more
             by_count.setdefault(p.count, []).append(p.ms - self._key_ms * p.context - self._row_ms * p.rows)
         counts = sorted(by_count)
-        times = [max(statistics.median(by_count[count]), 1e-3) for count in counts]
+        measured = np.array([max(statistics.median(by_count[count]), 1e-3) for count in counts])
+        # What is done for more cannot take longer for less: a disturbed measurement gives way to those after it.
+        times: list[float] = np.minimum.accumulate(measured[::-1])[::-1].tolist()
         last = max(max_count, counts[-1])
         self._base: Floats = np.interp(np.arange(last + 1), counts, times)
         if last > counts[-1]:  # beyond the last measured point the mean slope of the upper half goes on
@@ -201,6 +203,22 @@ class CostModel:
 def _sane(count: int, rows: int, ms: float) -> bool:
     """False for a clock that was set back, and for a step that did nothing."""
     return math.isfinite(ms) and ms > 0 and count > 0 and rows > 0
+
+
+def _quickest(points: Sequence[Point]) -> list[Point]:
+    """Of points measured more than once the quickest: whatever disturbs a measurement makes it longer."""
+    least: dict[tuple[int, int, int], Point] = {}
+    for p in sorted((p for p in points if p.usable), key=lambda p: p.ms):
+        least.setdefault((p.count, p.rows, p.context), p)
+    return list(least.values())
+
+
+def _shortest(points: Sequence[Point]) -> list[Point]:
+    """Of points that differ in context only the one with the shortest."""
+    least: dict[tuple[int, int], Point] = {}
+    for p in sorted(points, key=lambda p: p.context):
+        least.setdefault((p.count, p.rows), p)
+    return list(least.values())
 
 
 def _slope(points: Sequence[Point], of: str, key_ms: float = 0.0) -> float:
