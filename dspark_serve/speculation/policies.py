@@ -35,7 +35,9 @@ _FULL_SHARE = 0.005  # of the time: whole blocks verified, so that labels are no
 _SAMPLES = 64  # rows whose survival is remembered per temperature range
 _ENOUGH = 8  # of them before they decide anything
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_OWN_GAIN, _OWN_WEIGHT = 0.2, 4.0  # of a request's worth beside all others': per draft, and of all others
+_OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
+_OTHERS = 4.0  # drafts of a request's own at which they count as much as those of all
+_MOST = 10.0  # times the usual survival
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 
@@ -125,10 +127,10 @@ class _Load:
 
 @dataclass
 class _Own:
-    """One request's survival beside that of all, and when it drafted last."""
+    """One request's survival, summed over a whole block, of how many blocks, and when it drafted last."""
 
-    ratio: float = 1.0
-    weight: float = 0.0
+    survival: float = 0.0
+    blocks: int = 0
     step: int = -1
 
 
@@ -201,7 +203,7 @@ class AutoBudget:
     def _worth(self, rows: Sequence[Row], load: _Load) -> npt.NDArray[np.bool_]:
         """Rows that earn a draft, going by those of late; rows of which too little is known yet do."""
         limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
-        scale = np.array([self._scale(row.request.request_id) for row in rows])
+        own = [self._own.get(row.request.request_id, _Own()) for row in rows]
         ranges = temperature_ranges([row.request.params.temperature for row in rows])
         kept, gain = np.zeros((2, len(rows), len(LEVELS)))
         known = np.ones(len(rows), dtype=np.bool_)
@@ -210,14 +212,12 @@ class AutoBudget:
             if samples is None or len(samples) < _ENOUGH:
                 known[mine] = False
             else:
-                kept[mine], gain[mine] = Drafted.of(samples).at(LEVELS, scale[mine], limits[mine])
+                usual = max(float(samples.sum(1).mean()), 1e-6)
+                scale = np.array([_scale(own[row], usual) for row in np.flatnonzero(mine).tolist()])
+                kept[mine], gain[mine] = Drafted.of(samples).at(LEVELS, scale, limits[mine])
         steps = self.cost.step_curve(load.tokens, load.tokens + int(limits.sum()), load.rows, load.context)
         drafts = self.cost.draft_curve(len(rows), _context(rows))
         return rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin) | ~known
-
-    def _scale(self, request_id: str) -> float:
-        own = self._own.get(request_id)
-        return 1.0 if own is None else (own.weight * own.ratio + _OWN_WEIGHT) / (own.weight + _OWN_WEIGHT)
 
     def _probe(self, rows: Sequence[Row], worth: npt.NDArray[np.bool_], step: _Step) -> None:
         """Let the row that has not drafted for longest draft all the same, if its time has been saved up."""
@@ -285,20 +285,19 @@ class AutoBudget:
             if before is not None:
                 whole = np.pad(whole, ((0, 0), (0, max(0, before.shape[1] - whole.shape[1]))))
                 before = np.pad(before, ((0, 0), (0, max(0, whole.shape[1] - before.shape[1]))))
-                usual = before.mean(0).cumsum()
-                self._compare(signals, mine, survival.sum(1), usual)
+            self._remember_rows(signals, mine, survival)
             news = whole if probed is None else whole.repeat(_PROBE_WEIGHT, axis=0)
             self._samples[level] = (news if before is None else np.concatenate([before, news]))[-_SAMPLES:]
 
-    def _compare(self, signals: DraftSignals, mine: npt.NDArray[np.bool_], sums: Floats, usual: Floats) -> None:
-        """Each row's survival beside the usual one of as many slots."""
+    def _remember_rows(self, signals: DraftSignals, mine: npt.NDArray[np.bool_], survival: Floats) -> None:
+        usual = survival[mine].mean(0).cumsum()
+        share = usual / max(float(usual[-1]), 1e-6)
         for row in np.flatnonzero(mine).tolist():
-            expected = float(usual[min(int(signals.n_draft[row]), len(usual)) - 1])
+            # A request that may draft little is judged as if it had drafted whole blocks, as all others are.
+            whole = float(survival[row].sum()) / max(float(share[int(signals.n_draft[row]) - 1]), 1e-3)
             own = self._own.setdefault(signals.requests[row], _Own())
-            ratio = min(float(sums[row]) / max(expected, 1e-3), 10.0)
-            own.ratio += max(_OWN_GAIN, 1 / (own.weight + 1)) * (ratio - own.ratio)
-            own.weight = min(own.weight + 1, 2 * _OWN_WEIGHT)
-            own.step = self._steps
+            own.blocks, own.step = own.blocks + 1, self._steps
+            own.survival += max(_OWN_GAIN, 1 / own.blocks) * (whole - own.survival)
 
     # ---- after the step
 
@@ -328,6 +327,11 @@ class AutoBudget:
     def release(self, request_id: str) -> None:
         self._own.pop(request_id, None)
         self.calibrator.release(request_id)
+
+
+def _scale(own: _Own, usual: float) -> float:
+    """A request's survival in times of the usual; the less it has drafted, the nearer to 1."""
+    return min((own.blocks * own.survival / usual + _OTHERS) / (own.blocks + _OTHERS), _MOST)
 
 
 def _context(rows: Sequence[Row]) -> int:
