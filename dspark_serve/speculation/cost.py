@@ -125,6 +125,15 @@ class _Curve:
         factor: Floats = np.exp(learned[self._bucket[index]] + common)
         return base * factor
 
+    def time(self, count: int, rows: int, context: int, key: tuple[int, int]) -> float:
+        """The same for one count."""
+        count = min(count, len(self._base) - 1)
+        base = float(self._base[count]) + self._row_ms * rows + self._key_ms * context
+        learned = self._by_count.get(key[0])
+        if learned is None:
+            return base
+        return base * math.exp(float(learned[self._bucket[count]]) + self._by_context.get(key, 0.0))
+
     def correct(self, count: int, key: tuple[int, int], error: float, gain: float) -> None:
         """error: logarithm of measured over predicted time."""
         change = gain * min(max(error, -_CLIP), _CLIP)
@@ -160,16 +169,17 @@ class CostModel:
 
     def step_ms(self, tokens: int, rows: int, context: int) -> float:
         """A step with this many tokens (drafts and prompt chunks included) in this many rows; context: all keys."""
-        return float(self.step_curve(tokens, tokens, rows, context)[0])
+        return self._steps.time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
 
     def step_curve(self, first: int, last: int, rows: int, context: int) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1]."""
-        key = (_octave(rows), _octave(context // max(rows, 1)))
-        return self._steps.times(first, last, rows, context, key) * self.slowdown
+        return self._steps.times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
 
     def draft_ms(self, rows: int, context: int) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
-        return float(self.draft_curve(rows, context)[-1])
+        if self._drafts is None or not rows:
+            return 0.0
+        return self._drafts.time(rows, 1, context, (0, _octave(context // rows))) * self.slowdown
 
     def draft_curve(self, rows: int, context: int) -> Floats:
         """draft_ms for 0..rows rows whose mean context is that of all -> [rows + 1]."""
@@ -182,9 +192,9 @@ class CostModel:
 
     def observe_step(self, tokens: int, rows: int, context: int, ms: float) -> None:
         """A step took `ms`, drafting not included."""
-        key = (_octave(rows), _octave(context // max(rows, 1)))
         if _sane(tokens, rows, ms):
-            ratio = math.log(ms / float(self._steps.times(tokens, tokens, rows, context, key)[0]))
+            key = _step_key(rows, context)
+            ratio = math.log(ms / self._steps.time(tokens, rows, context, key))
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             self._recent.append(ratio)
             self._slowdown = statistics.median(self._recent)
@@ -195,9 +205,13 @@ class CostModel:
         """A draft pass took `ms`."""
         if self._drafts is not None and _sane(rows, rows, ms):
             key = (0, _octave(context // rows))
-            ratio = math.log(ms / float(self._drafts.times(rows, rows, 1, context, key)[0]))
+            ratio = math.log(ms / self._drafts.time(rows, 1, context, key))
             # Steps alone say how slow the machine is: there is one of them whether drafts are made or not.
             self._drafts.correct(rows, key, ratio - self._slowdown, _DRAFT_GAIN)
+
+
+def _step_key(rows: int, context: int) -> tuple[int, int]:
+    return _octave(rows), _octave(context // max(rows, 1))
 
 
 def _sane(count: int, rows: int, ms: float) -> bool:

@@ -170,6 +170,7 @@ class AutoBudget:
         self._per_user = tokens_per_s_per_user
         self._probes, self._full = _Allowance(_PROBE_SHARE), _Allowance(_FULL_SHARE)
         self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
+        self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
         self._own: dict[str, _Own] = {}
         self._steps = 0
         self._step = _Step(_Load(0, 0, 0, 0))
@@ -212,9 +213,11 @@ class AutoBudget:
             if samples is None or len(samples) < _ENOUGH:
                 known[mine] = False
             else:
-                usual = max(float(samples.sum(1).mean()), 1e-6)
+                usual = max(float(samples.sum()) / len(samples), 1e-6)
                 scale = np.array([_scale(own[row], usual) for row in np.flatnonzero(mine).tolist()])
-                kept[mine], gain[mine] = Drafted.of(samples).at(LEVELS, scale, limits[mine])
+                if level not in self._summaries:
+                    self._summaries[level] = Drafted.of(samples)
+                kept[mine], gain[mine] = self._summaries[level].at(LEVELS, scale, limits[mine])
         steps = self.cost.step_curve(load.tokens, load.tokens + int(limits.sum()), load.rows, load.context)
         drafts = self.cost.draft_curve(len(rows), _context(rows))
         return rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin) | ~known
@@ -283,10 +286,10 @@ class AutoBudget:
             before = self._samples.get(level)
             whole = survival[mine & (signals.n_draft == survival.shape[1])]
             if before is not None:
-                whole = np.pad(whole, ((0, 0), (0, max(0, before.shape[1] - whole.shape[1]))))
-                before = np.pad(before, ((0, 0), (0, max(0, whole.shape[1] - before.shape[1]))))
+                whole, before = _widen(whole, before.shape[1]), _widen(before, whole.shape[1])
             self._remember_rows(signals, mine, survival)
             news = whole if probed is None else whole.repeat(_PROBE_WEIGHT, axis=0)
+            self._summaries.pop(level, None)
             self._samples[level] = (news if before is None else np.concatenate([before, news]))[-_SAMPLES:]
 
     def _remember_rows(self, signals: DraftSignals, mine: npt.NDArray[np.bool_], survival: Floats) -> None:
@@ -332,6 +335,10 @@ class AutoBudget:
 def _scale(own: _Own, usual: float) -> float:
     """A request's survival in times of the usual; the less it has drafted, the nearer to 1."""
     return min((own.blocks * own.survival / usual + _OTHERS) / (own.blocks + _OTHERS), _MOST)
+
+
+def _widen(samples: Floats, width: int) -> Floats:
+    return np.pad(samples, ((0, 0), (0, width - samples.shape[1]))) if samples.shape[1] < width else samples
 
 
 def _context(rows: Sequence[Row]) -> int:

@@ -1,4 +1,4 @@
-"""The cost model on made-up machines: cliffs, drift, bad measurements, and the profile on disk. No real time is used."""
+"""The cost model on made-up machines: cliffs, drift, bad measurements, the profile on disk. No real time is used."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def test_cliffs_stay_where_they_are() -> None:
 
 def test_a_disturbed_measurement_does_not_make_a_hole() -> None:
     """Three tokens were measured while something else ran; four and more say what three cannot exceed."""
-    disturbed = tuple(
-        Point(p.count, p.rows, p.context, p.ms * 3) if p.count == 3 else p for p in profile().steps
-    )
+    disturbed = tuple(Point(p.count, p.rows, p.context, p.ms * 3) if p.count == 3 else p for p in profile().steps)
     assert model(Profile(disturbed)).step_ms(3, 1, 128) == pytest.approx(machine_ms(3, 1, 128))
 
 

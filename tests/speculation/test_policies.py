@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ def test_budget_falls_as_load_rises() -> None:
         means.append(np.mean([sum(kept) for kept in server.kept[-100:]]) / rows)
     assert means[0] > 3.5
     assert means[-1] < 1.5
-    assert all(b <= a + 0.05 for a, b in zip(means, means[1:], strict=False))
+    assert all(b <= a + 0.05 for a, b in itertools.pairwise(means))
 
 
 def test_whole_blocks_are_verified_now_and_then() -> None:
@@ -245,7 +246,7 @@ def test_whole_blocks_are_verified_now_and_then() -> None:
     server = served(dear, [0.6] * 8, spread=2.0)
     server.run(500)
     whole = [sum(k == WIDTH for k in kept) for kept in server.kept if kept]
-    assert 0 < np.mean(whole)
+    assert np.mean(whole) > 0
 
 
 def test_prompt_chunks_count_as_tokens_and_leave_drafts_alone() -> None:
@@ -295,9 +296,7 @@ def appendix_a(mode: VerifyMode, how: VerifyMode) -> float:
     """p-value of the first token of many requests, whose target says A with 0.7, drafted by fair coins. The second
     draft's survival depends on the first: 0.9 of 0.8 behind an A, nothing behind a B. A budget for `how` decides."""
     times = {1: 1.0, 2: 2.0, 3: 1 / 0.45}
-    made = AutoBudget(
-        cost(lambda n: times.get(n, 1e3), None, top=8), Calibrator(how, 2), drafter="head", costly=None
-    )
+    made = AutoBudget(cost(lambda n: times.get(n, 1e3), None, top=8), Calibrator(how, 2), drafter="head", costly=None)
     first = torch.randint(0, 2, (ROWS,), generator=torch.Generator().manual_seed(1)).tolist()
     drafts = []
     for number, token in enumerate(first):
