@@ -130,8 +130,9 @@ def _prune(directory: Path) -> None:
 def shapes(rig: Rig) -> list[Shape]:
     """What to measure, the cheapest first. Equal token counts in different rows tell rows from tokens, and so on."""
     width, scheduler = rig.drafter.width, rig.scheduler
-    context = max(0, min(_CONTEXT, scheduler.max_model_len - width - 2))
-    found = [Shape(1, drafts, context) for drafts in range(width + 1)]
+    pool_tokens = scheduler.pool.num_available * scheduler.pool.page_size
+    context = max(0, min(_CONTEXT, scheduler.max_model_len - width - 2, pool_tokens - width - 1))
+    found = [Shape(1, 0, 0)] + [Shape(1, drafts, context) for drafts in range(width + 1)]
     rows = 2
     while rows <= scheduler.max_num_seqs:
         found.append(Shape(rows, 0, context))
@@ -140,7 +141,6 @@ def shapes(rig: Rig) -> list[Shape]:
     found += [Shape(16, 1, context), Shape(16, min(3, width), context)]
     found += [Shape(8, 0, _LONG), Shape(2, 0, _LONG)]
     found += [Shape(1, 0, 0, chunk) for chunk in (32, 128, 512)]
-    pool_tokens = scheduler.pool.num_available * scheduler.pool.page_size
 
     def fits(shape: Shape) -> bool:
         length = shape.context + shape.chunk + width
@@ -160,21 +160,20 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     """
     wanted, began = shapes(rig), clock()
     if not wanted:
-        raise ValueError("the K/V pool is too small to measure a step; raise kv_cache_gib")
+        raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
     times: dict[Shape, list[tuple[float, float]]] = {}
+    took: dict[Shape, float] = {}  # seconds, setting up included
     with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
         for turn in range(_PASSES + 1):
             for shape in wanted if turn == 0 else list(times):
                 spent = clock() - began
-                known = sum(times.get(shape, [(0.0, 0.0)])[0]) / 1e3
                 # The first pass, which warms up, leaves room for another.
-                if spent + known > (seconds * 0.6 if turn == 0 else seconds) and len(times) > 1:
-                    if turn == 0:
-                        break
-                    continue
+                if spent + took.get(shape, 0.0) > (seconds * 0.6 if turn == 0 else seconds) and len(times) > 1:
+                    break  # the shapes after it take longer still
                 measured = _measure(rig, shape, costly, clock)
                 times.setdefault(shape, []).append(measured)
-                bar.update(min(clock() - began, seconds) - bar.n)
+                took[shape] = clock() - began - spent
+                bar.update(min(spent + took[shape], seconds) - bar.n)
     # The least of each: whatever disturbs a measurement makes it longer.
     least = {shape: tuple(min(part) for part in zip(*found, strict=True)) for shape, found in times.items()}
     return Profile(
