@@ -186,7 +186,7 @@ def _budget(config: SpeculationConfig, plan: DrafterPlan, rig: Rig) -> Budget:
     if config.budget != "auto" or not rig.drafter.width:
         return KeepAll()
     head_dir = resolve(config.head).path if config.head is not None and plan.costly else None
-    profile = machine_profile(rig, plan, head_dir)
+    profile = machine_profile(rig, plan, head_dir, again=config.measure_again)
     calibrator = Calibrator(
         config.verify_mode,
         rig.drafter.width,

@@ -64,12 +64,14 @@ class Shape:
         return self.rows * (self.context + self.chunk)
 
 
-def machine_profile(rig: Rig, plan: DrafterPlan, head_dir: Path | None, seconds: float = SECONDS) -> Profile:
+def machine_profile(
+    rig: Rig, plan: DrafterPlan, head_dir: Path | None, seconds: float = SECONDS, again: bool = False
+) -> Profile:
     """The profile in the cache, or a new one, which takes about `seconds` and is kept there."""
     key = profile_key(rig, plan, head_dir)
     digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
     path = cache_dir() / "profiles" / f"{digest}.json"
-    profile = load_profile(path, key)
+    profile = None if again else load_profile(path, key)
     if profile is None:
         profile = sweep(rig, plan.costly, seconds)
         save_profile(path, key, profile)
@@ -161,7 +163,7 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     wanted, began = shapes(rig), clock()
     if not wanted:
         raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
-    times: dict[Shape, list[tuple[float, float]]] = {}
+    times: dict[Shape, list[tuple[float, float, float]]] = {}
     took: dict[Shape, float] = {}  # seconds, setting up included
     with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
         for turn in range(_PASSES + 1):
@@ -177,14 +179,15 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     # The least of each: whatever disturbs a measurement makes it longer.
     least = {shape: tuple(min(part) for part in zip(*found, strict=True)) for shape, found in times.items()}
     return Profile(
-        steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, step) in least.items()),
-        drafts=tuple(Point(s.rows, s.rows, s.keys, draft) for s, (draft, _) in least.items() if draft > 0),
+        steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, step, _) in least.items()),
+        drafts=tuple(Point(s.rows, s.rows, s.keys, draft) for s, (draft, _, _) in least.items() if draft > 0),
+        greedy_steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, _, step) in least.items()),
     )
 
 
 @torch.inference_mode()
-def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], float]) -> tuple[float, float]:
-    """Milliseconds to draft, 0 where it costs nothing, and of the rest of the step."""
+def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """Milliseconds to draft, 0 where it costs nothing; of the rest of the step, drawing tokens; and of it, greedy."""
     rows = _rows(rig, shape)
     try:
         _wait(rig)
@@ -199,16 +202,25 @@ def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], flo
         kept = proposal.trim([shape.drafts] * shape.rows) if shape.drafts else Proposal.empty(0)
         batch = rig.batcher.build(Plan(tuple(limited)), kept)
         out = rig.runner.run(batch)
-        verdict = verify(out.logits, batch, rig.info.verify_mode)
+        _wait(rig)
+        judged = [clock()]
+        sampling = batch.sampling
+        greedy = replace(sampling, all_greedy=True, temperature=torch.zeros_like(sampling.temperature))
+        for each in (replace(batch, sampling=greedy), batch):
+            verdict = verify(out.logits, each, rig.info.verify_mode)
+            verdict.to_host()
+            _wait(rig)
+            judged.append(clock())
         rig.drafter.observe(batch, out.taps, verdict)
-        verdict.to_host()
         _wait(rig)
         ended = clock()
     finally:
         for row in rows:
             rig.scheduler.pool.release(row.request.pages)
             rig.drafter.release(row.request.request_id)
-    return draft_ms, (ended - drafted) * 1e3
+    begin, middle, end = judged
+    both_ms = (ended - drafted) * 1e3
+    return draft_ms, both_ms - (middle - begin) * 1e3, both_ms - (end - middle) * 1e3
 
 
 def _rows(rig: Rig, shape: Shape) -> list[Row]:

@@ -26,7 +26,9 @@ _WINDOW = 15  # measurements whose median is the machine's present slowdown
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
-_FORMAT = 1
+_FORMAT = 2
+
+_CURVES = ("steps", "drafts", "greedy_steps")
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +49,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Profile:
-    """A machine's measured curves: steps by tokens, drafts by rows (none where drafting costs nothing)."""
+    """A machine's measured curves: steps by tokens, drafts by rows (none where drafting costs nothing).
+
+    Drawing a token can take much longer than taking the likeliest, so steps whose rows are all greedy have a curve of
+    their own; without one, the other serves.
+    """
 
     steps: tuple[Point, ...]
     drafts: tuple[Point, ...] = ()
+    greedy_steps: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(point.usable for point in self.steps):
@@ -63,10 +70,10 @@ def load_profile(path: Path, key: Mapping[str, object]) -> Profile | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["format"] != _FORMAT or stored["key"] != dict(key):
             raise ValueError("it was measured on another machine or for another model")
-        steps, drafts = (tuple(Point(**point) for point in stored[name]) for name in ("steps", "drafts"))
-        if not all(point.usable for point in (*steps, *drafts)):
+        profile = Profile(**{name: tuple(Point(**point) for point in stored[name]) for name in _CURVES})
+        if not all(point.usable for name in _CURVES for point in getattr(profile, name)):
             raise ValueError("it holds impossible times")
-        return Profile(steps, drafts)
+        return profile
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -76,7 +83,7 @@ def load_profile(path: Path, key: Mapping[str, object]) -> Profile | None:
 
 def save_profile(path: Path, key: Mapping[str, object], profile: Profile) -> None:
     """Write by one rename, so that no reader sees half a file. A cache that cannot be written costs a warning."""
-    points = {name: [asdict(p) for p in getattr(profile, name)] for name in ("steps", "drafts")}
+    points = {name: [asdict(p) for p in getattr(profile, name)] for name in _CURVES}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -111,8 +118,8 @@ class _Curve:
             slope = max((times[-1] - times[middle]) / span, times[-1] / counts[-1] / 2)
             self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
         self._bucket = np.array([_bucket(count) for count in range(last + 1)])
-        # Keys are pairs of octaves, of rows and of the mean context.
-        self._by_count: dict[int, Floats] = {}  # rows' octave -> correction per bucket of counts
+        # Keys are pairs: the octave of rows, or for drafts whether all are greedy; and the octave of the mean context.
+        self._by_count: dict[int, Floats] = {}  # first of the pair -> correction per bucket of counts
         self._by_context: dict[tuple[int, int], float] = {}
 
     def times(self, first: int, last: int, rows: int, context: int | Floats, key: tuple[int, int]) -> Floats:
@@ -152,6 +159,7 @@ class CostModel:
 
     def __init__(self, profile: Profile, max_tokens: int, max_rows: int) -> None:
         self._steps = _Curve(profile.steps, max_tokens)
+        self._greedy_steps = _Curve(profile.greedy_steps or profile.steps, max_tokens)
         self._drafts = _Curve(profile.drafts, max_rows) if any(p.usable for p in profile.drafts) else None
         self._recent: deque[float] = deque(maxlen=_WINDOW)  # logarithm of measured over uncorrected time
         self._slowdown = 0.0
@@ -167,44 +175,47 @@ class CostModel:
         """Typical relative error of a prediction."""
         return self._noise
 
-    def step_ms(self, tokens: int, rows: int, context: int) -> float:
+    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float:
         """A step with this many tokens (drafts and prompt chunks included) in this many rows; context: all keys."""
-        return self._steps.time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
+        return self._curve(greedy).time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
 
-    def step_curve(self, first: int, last: int, rows: int, context: int) -> Floats:
+    def step_curve(self, first: int, last: int, rows: int, context: int, greedy: bool = False) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1]."""
-        return self._steps.times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
+        return self._curve(greedy).times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
 
-    def draft_ms(self, rows: int, context: int) -> float:
+    def _curve(self, greedy: bool) -> _Curve:
+        return self._greedy_steps if greedy else self._steps
+
+    def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
         if self._drafts is None or not rows:
             return 0.0
-        return self._drafts.time(rows, 1, context, (0, _octave(context // rows))) * self.slowdown
+        return self._drafts.time(rows, 1, context, (int(greedy), _octave(context // rows))) * self.slowdown
 
-    def draft_curve(self, rows: int, context: int) -> Floats:
+    def draft_curve(self, rows: int, context: int, greedy: bool = False) -> Floats:
         """draft_ms for 0..rows rows whose mean context is that of all -> [rows + 1]."""
         curve: Floats = np.zeros(rows + 1)
         if self._drafts is not None and rows:
             mean = context / rows
             contexts: Floats = mean * np.arange(1.0, rows + 1)
-            curve[1:] = self._drafts.times(1, rows, 1, contexts, (0, _octave(int(mean))))
+            curve[1:] = self._drafts.times(1, rows, 1, contexts, (int(greedy), _octave(int(mean))))
         return curve * self.slowdown
 
-    def observe_step(self, tokens: int, rows: int, context: int, ms: float) -> None:
+    def observe_step(self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A step took `ms`, drafting not included."""
         if _sane(tokens, rows, ms):
-            key = _step_key(rows, context)
-            ratio = math.log(ms / self._steps.time(tokens, rows, context, key))
+            key, curve = _step_key(rows, context), self._curve(greedy)
+            ratio = math.log(ms / curve.time(tokens, rows, context, key))
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             self._recent.append(ratio)
             self._slowdown = statistics.median(self._recent)
             # What the common part does not explain is the bucket's own.
-            self._steps.correct(tokens, key, ratio - self._slowdown, _GAIN)
+            curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
 
-    def observe_draft(self, rows: int, context: int, ms: float) -> None:
+    def observe_draft(self, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A draft pass took `ms`."""
         if self._drafts is not None and _sane(rows, rows, ms):
-            key = (0, _octave(context // rows))
+            key = (int(greedy), _octave(context // rows))
             ratio = math.log(ms / self._drafts.time(rows, 1, context, key))
             # Steps alone say how slow the machine is: there is one of them whether drafts are made or not.
             self._drafts.correct(rows, key, ratio - self._slowdown, _DRAFT_GAIN)

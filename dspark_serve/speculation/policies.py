@@ -116,13 +116,15 @@ class _Load:
     rows: int
     context: int
     sampling: int  # rows from which a token comes out
+    greedy: bool  # all of these
 
     @staticmethod
     def of(plan: Plan) -> _Load:
         lengths = [row.length for row in plan.rows]
         starts = [row.start for row in plan.rows]
         tokens = sum(lengths)
-        return _Load(tokens, len(lengths), tokens + sum(starts), sum(row.samples for row in plan.rows))
+        greedy = [row.request.params.greedy for row in plan.rows if row.samples]
+        return _Load(tokens, len(lengths), tokens + sum(starts), len(greedy), all(greedy))
 
 
 @dataclass
@@ -173,7 +175,7 @@ class AutoBudget:
         self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
         self._own: dict[str, _Own] = {}
         self._steps = 0
-        self._step = _Step(_Load(0, 0, 0, 0))
+        self._step = _Step(_Load(0, 0, 0, 0, True))
 
     @property
     def margin(self) -> float:
@@ -218,8 +220,8 @@ class AutoBudget:
                 if level not in self._summaries:
                     self._summaries[level] = Drafted.of(samples)
                 kept[mine], gain[mine] = self._summaries[level].at(LEVELS, scale, limits[mine])
-        steps = self.cost.step_curve(load.tokens, load.tokens + int(limits.sum()), load.rows, load.context)
-        drafts = self.cost.draft_curve(len(rows), _context(rows))
+        steps = self.cost.step_curve(load.tokens, load.tokens + int(limits.sum()), load.rows, load.context, load.greedy)
+        drafts = self.cost.draft_curve(len(rows), _context(rows), load.greedy)
         return rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin) | ~known
 
     def _probe(self, rows: Sequence[Row], worth: npt.NDArray[np.bool_], step: _Step) -> None:
@@ -227,8 +229,8 @@ class AutoBudget:
         known = {index: self._own.get(row.request.request_id, _Own()).step for index, row in enumerate(rows)}
         index = min((i for i in known if not worth[i]), key=lambda i: known[i])
         load, row = step.load, rows[index]
-        drafts = self.cost.draft_curve(int(worth.sum()) + 1, _context([row]) * (int(worth.sum()) + 1))
-        steps = self.cost.step_curve(load.tokens, load.tokens + row.max_drafts, load.rows, load.context)
+        drafts = self.cost.draft_curve(int(worth.sum()) + 1, _context([row]) * (int(worth.sum()) + 1), load.greedy)
+        steps = self.cost.step_curve(load.tokens, load.tokens + row.max_drafts, load.rows, load.context, load.greedy)
         if self._probes.spend(float(drafts[-1] - drafts[-2] + steps[-1] - steps[0])):
             worth[index], step.probed = True, row.request.request_id
 
@@ -243,7 +245,7 @@ class AutoBudget:
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival: Floats = step.said.cumprod(1)
         load = step.load
-        times = self.cost.step_curve(load.tokens, load.tokens + total, load.rows, load.context)
+        times = self.cost.step_curve(load.tokens, load.tokens + total, load.rows, load.context, load.greedy)
         draft_ms = self._draft_ms(plan.drafting, signals)
         if self.calibrator.mode == "coupled":
             kept = best_of_curve(survival, load.sampling, draft_ms, times, self.margin)
@@ -274,7 +276,7 @@ class AutoBudget:
 
     def _draft_ms(self, rows: Sequence[Row], signals: DraftSignals) -> float:
         neural = [row for row, kind in zip(rows, signals.kinds, strict=True) if kind == self._costly]
-        return self.cost.draft_ms(len(neural), _context(neural)) if neural else 0.0
+        return self.cost.draft_ms(len(neural), _context(neural), self._step.load.greedy) if neural else 0.0
 
     def _remember(self, signals: DraftSignals, survival: Floats, probed: str | None) -> None:
         """Survival of whole blocks of the costly drafter, for later decisions whether to draft."""
@@ -310,16 +312,15 @@ class AutoBudget:
         step, load, rows = self._step, self._step.load, plan.drafting
         drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         tokens = load.tokens + sum(result.n_kept for result in drafted)
-        predicted_ms = self.cost.step_ms(tokens, load.rows, load.context)
-        self.cost.observe_step(
-            tokens, load.rows, load.context, sum(ms for phase, ms in phase_ms.items() if phase != "propose")
-        )
+        predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy)
+        step_ms = sum(ms for phase, ms in phase_ms.items() if phase != "propose")
+        self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy)
         draft_ms = 0.0
         if step.signals is not None and step.said is not None:
             neural = [row for row, kind in zip(rows, step.signals.kinds, strict=True) if kind == self._costly]
             if neural:
-                draft_ms = self.cost.draft_ms(len(neural), _context(neural))
-                self.cost.observe_draft(len(neural), _context(neural), phase_ms.get("propose", 0.0))
+                draft_ms = self.cost.draft_ms(len(neural), _context(neural), load.greedy)
+                self.cost.observe_draft(len(neural), _context(neural), phase_ms.get("propose", 0.0), load.greedy)
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
             n_accepted = np.array([len(result.tokens) - 1 for result in drafted], dtype=np.int64)
             self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)

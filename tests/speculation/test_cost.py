@@ -194,3 +194,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: 
     (tmp_path / "file").write_text("")
     save_profile(tmp_path / "file" / "p.json", KEY, profile())
     assert len(caplog.records) == 1
+
+
+def test_greedy_steps_have_a_curve_of_their_own() -> None:
+    sampled, greedy = profile().steps, tuple(Point(p.count, p.rows, p.context, p.ms / 2) for p in profile().steps)
+    costs = CostModel(Profile(sampled, (), greedy), 256, 64)
+    assert costs.step_ms(8, 8, 1024, greedy=True) == pytest.approx(costs.step_ms(8, 8, 1024) / 2)
+    assert model().step_ms(8, 8, 1024, greedy=True) == model().step_ms(8, 8, 1024)  # nothing measured: the other serves
+    for _ in range(300):  # what one learns of a bucket is not the other's
+        costs.observe_step(1, 1, 128, machine_ms(1, 1, 128))
+        costs.observe_step(8, 8, 1024, machine_ms(8, 8, 1024), greedy=True)
+    assert costs.step_ms(8, 8, 1024, greedy=True) / costs.step_ms(8, 8, 1024) > 0.6
