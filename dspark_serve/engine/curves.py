@@ -31,7 +31,8 @@ def _loads(engine: Engine) -> list[int]:
 def table(engine: Engine) -> Iterator[str]:
     """Milliseconds of a draft and of a step, by rows and drafts per row, and what a block of drafts must bring."""
     costs, width = _costs(engine), engine.info.num_speculative_tokens
-    yield f"{engine.info.model} on {engine.info.device}, {engine.info.backend}; {_CONTEXT} tokens of context per row, ms"
+    info = engine.info
+    yield f"{info.model} on {info.device}, {info.backend}; {_CONTEXT} tokens of context per row, ms"
     header = "".join(f"{f'+{drafts}':>9}" for drafts in range(width + 1))
     yield f"{'rows':>6}{'draft':>9}{header}   tokens per row and step at which a whole block pays"
     for greedy in (False, True):
