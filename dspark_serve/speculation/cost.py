@@ -207,10 +207,11 @@ class CostModel:
             key, curve = _step_key(rows, context), self._curve(greedy)
             ratio = math.log(ms / curve.time(tokens, rows, context, key))
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
+            # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
+            # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.
+            curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
             self._recent.append(ratio)
             self._slowdown = statistics.median(self._recent)
-            # What the common part does not explain is the bucket's own.
-            curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
 
     def observe_draft(self, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A draft pass took `ms`."""

@@ -241,3 +241,15 @@ def test_slow_rows_are_lifted_if_they_can_be() -> None:
     # Where lifting one would sink another, nothing changes.
     steep = 100 + 60 * np.arange(10.0)
     assert lift_slow_rows(np.array([1, 0]), survival[:2], 0.0, steep, 9.0).tolist() == [1, 0]
+
+
+def test_of_equal_rates_the_fewest_drafts() -> None:
+    assert best_of_curve(np.array([[0.5, 0.4]]), 1, 0.0, np.array([1.0, 1.5, 9.0])).tolist() == [0]
+
+
+def test_ties_in_a_large_batch() -> None:
+    """Large enough for a sort that is not stable to show."""
+    step_ms = np.where(np.arange(201 * 7 + 1) <= 500, 1.0, 1e6)
+    for choose in (best_of_curve, early_stop):
+        kept = choose(np.ones((201, 7)), 201, 0.0, step_ms)
+        assert kept.tolist() == [500 // 201 + (row < 500 % 201) for row in range(201)]
