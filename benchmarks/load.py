@@ -151,7 +151,7 @@ def compare(arms: Arms, items: list[Item], concurrency: int, rounds: int, poisso
             arrivals = [0.0]
             for _ in chosen[1:]:
                 arrivals.append(arrivals[-1] + draw.expovariate(per_s))
-        # Arms share an engine and its prefix cache: all of them find their prompts there, or the first would pay for all.
+        # Arms share an engine and its prefix cache: all find their prompts there, or the first would pay for all.
         for name in (NONE, AUTO):
             arms.serve(name, [replace(item, new_tokens=1) for item in chosen], [0.0] * len(chosen), concurrency)
         for name in draw.sample(names, len(names)):
