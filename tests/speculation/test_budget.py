@@ -253,3 +253,10 @@ def test_ties_in_a_large_batch() -> None:
     for choose in (best_of_curve, early_stop):
         kept = choose(np.ones((201, 7)), 201, 0.0, step_ms)
         assert kept.tolist() == [500 // 201 + (row < 500 % 201) for row in range(201)]
+    # Two kinds of rows by turns, room for half of each kind's last slot: those of the first rows.
+    survival = np.where(np.arange(200)[:, None] % 2, 0.5, 1.0).repeat(7, axis=1)
+    step_ms = np.where(np.arange(200 * 7 + 1) <= 1050, 1.0, 1e6)
+    for choose in (best_of_curve, early_stop):
+        kept = choose(survival, 200, 0.0, step_ms)
+        assert (kept[::2] == 7).all()
+        assert kept[1::2].tolist() == [3 + (row < 50) for row in range(100)]

@@ -107,6 +107,18 @@ def test_another_machine_is_followed_within_thirty_seconds(factor: float) -> Non
     for shape in ((1, 1, 128), (8, 8, 2048), (160, 32, 8192)):
         assert costs.step_ms(*shape) == pytest.approx(factor * machine_ms(*shape), rel=0.15)
     assert costs.draft_ms(8, 1024) == pytest.approx(factor * draft_machine_ms(8), rel=0.15)
+    assert costs.draft_curve(8, 1024)[-1] == pytest.approx(costs.draft_ms(8, 1024))
+
+
+def test_a_cliff_between_measured_points_is_found() -> None:
+    """The sweep saw 16 and 64 tokens; that the machine slows down from 41 to 42 is learned from steps."""
+    costs, draw = (
+        CostModel(Profile((Point(16, 4, 512, 40.0), Point(64, 4, 512, 60.0))), 64, 64),
+        np.random.default_rng(4),
+    )
+    for tokens in draw.integers(16, 65, 20_000).tolist():
+        costs.observe_step(tokens, 4, 512, 40.0 if tokens <= 41 else 60.0)
+    assert costs.step_ms(42, 4, 512) / costs.step_ms(41, 4, 512) == pytest.approx(1.5, rel=0.05)
 
 
 def test_even_steps_of_two_seconds_are_followed() -> None:
