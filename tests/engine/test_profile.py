@@ -149,6 +149,18 @@ def test_rejection_runs_with_auto_and_refuses_an_objective_per_user():
     assert build_engine(load_config({**OPTIONS, "objective": "per-user:5"})).info.objective == "per-user:5"
 
 
+def test_a_finished_request_is_forgotten_and_forgets_nothing_else():
+    engine = build_engine(load_config(OPTIONS))
+    engine.budget.cost._drafts = None  # so that it drafts
+    for name in ("a", "b"):
+        engine.add(make_request(name, PROMPTS[0]["prompt_token_ids"], max_tokens=12 if name == "a" else 40))
+    while "a" in engine.scheduler._by_id:
+        engine.step()
+    assert set(engine.budget.calibrator._own) == {"b"}
+    engine.cancel("b")
+    assert not engine.budget.calibrator._own
+
+
 def test_steps_report_what_the_budget_expected():
     engine = build_engine(load_config(OPTIONS))
     engine.add(make_request("a", PROMPTS[0]["prompt_token_ids"], max_tokens=8, temperature=0.0))
