@@ -5,6 +5,7 @@ Done once per machine, model and head, then read from the cache. Must not know: 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import random
@@ -76,6 +77,9 @@ def machine_profile(
         profile = sweep(rig, plan.costly, seconds)
         save_profile(path, key, profile)
         _prune(path.parent)
+    else:
+        with contextlib.suppress(OSError):  # a cache that is read only
+            path.touch()  # the newest are kept
     return profile
 
 
@@ -123,7 +127,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _prune(directory: Path) -> None:
-    """Keep the newest profiles only."""
+    """Keep the profiles that were used last."""
     files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
     for path in files[:-_KEPT_FILES]:
         path.unlink(missing_ok=True)
