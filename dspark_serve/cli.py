@@ -129,6 +129,31 @@ def calibrate(
         _fail(error)
 
 
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = "smollm2-135m-instruct",
+    head: Annotated[str | None, typer.Option(help="Draft head; default: the one that comes with the model.")] = None,
+    method: Annotated[str | None, typer.Option(help="The drafter, as for serve.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure even if a profile is in the cache.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves here, as PNG; needs the [train] extra.")] = None,
+) -> None:
+    """Print what steps and drafts cost on this machine: the curves that --budget auto decides by."""
+    from dspark_serve.engine.build import build_engine
+    from dspark_serve.engine.curves import plot_curves, table
+    from dspark_serve.models.catalog import LoadError
+
+    try:
+        config = load_config({"model": model, "head": head, "method": method, "budget": "auto", "measure_again": again})
+        engine = build_engine(config)
+        for line in table(engine):
+            print(line)
+        if plot is not None:
+            plot_curves(engine, plot)
+            print(f"plot: {plot}")
+    except (LoadError, ValueError, OSError) as error:
+        _fail(error)
+
+
 @app.command("check-lossless")
 def check_lossless(
     url: Annotated[str, typer.Option(help="The server to check.")] = "http://127.0.0.1:8000",

@@ -75,9 +75,19 @@ class SpeculationConfig(Section):
     )
     head_self_test: bool = Field(default=True, description="Try a draft head on a few prompts at load.")
     budget: str = Field(
-        default="full",
-        pattern=r"^(full|off|fixed:[1-9][0-9]{0,2})$",
-        description="Drafts to verify. full: all that are made; fixed:K: K per request and step; off: no drafting.",
+        default="auto",
+        pattern=r"^(auto|full|off|fixed:[1-9][0-9]{0,2})$",
+        description="Drafts to make and verify. auto: those that pay on this machine, now; full: all; fixed:K: K per "
+        "request and step; off: none.",
+    )
+    objective: str = Field(
+        default="throughput",
+        pattern=r"^(throughput|per-user:[0-9]+(\.[0-9]+)?)$",
+        description="What --budget auto is after. throughput: most tokens per second; per-user:X: likewise, but "
+        "requests below X tokens per second get drafts first.",
+    )
+    measure_again: bool = Field(
+        default=False, description="Measure what steps and drafts cost here, even if that is in the cache."
     )
     prompt_lookup_min: int = Field(default=2, ge=1, description="Shortest n-gram looked up.")
     prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")

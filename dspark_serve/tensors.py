@@ -90,6 +90,7 @@ class Proposal:
     draft_probs: Tensor | None = None  # [rows, width, vocab] float32; None: every draft is certain (one-hot)
     confidence: Tensor | None = None  # [rows, width] float32, probability of acceptance given the drafts before
     drafters: tuple[str, ...] | None = None  # [rows] who drafted a row; None: the engine's one drafter did
+    largest: Tensor | None = None  # [rows, width] float32, largest draft probability, of the logits as they are
 
     @staticmethod
     def empty(rows: int, device: torch.device | str = "cpu") -> Proposal:
@@ -115,7 +116,8 @@ class Proposal:
 
         tokens = place(self.tokens, -1)
         assert tokens is not None
-        return Proposal(tokens, tuple(n_draft), place(self.draft_probs, 0.0), place(self.confidence, 0.0))
+        probs, confidence = place(self.draft_probs, 0.0), place(self.confidence, 0.0)
+        return Proposal(tokens, tuple(n_draft), probs, confidence, largest=place(self.largest, 0.0))
 
     def trim(self, kept: Sequence[int]) -> Proposal:
         """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
@@ -132,6 +134,7 @@ class Proposal:
             None if self.draft_probs is None else self.draft_probs[:, :width],
             None if self.confidence is None else self.confidence[:, :width],
             self.drafters,
+            None if self.largest is None else self.largest[:, :width],
         )
 
 

@@ -228,6 +228,7 @@ class Row:
     """One request's share of a step: tokens [start, start + length) of the request, then up to `max_drafts` drafts.
 
     `samples` is true when the row reaches the request's last known token (the anchor), so a token comes out of it.
+    `lookup_only`: drafts that cost a pass of a model would not earn it.
     """
 
     request: Request
@@ -235,6 +236,7 @@ class Row:
     length: int
     samples: bool
     max_drafts: int = 0
+    lookup_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,19 @@ class RowReport:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """What the budget expected of a step, and how many rows it did not let draft, by reason.
+
+    Reasons: "cost", no draft of the batch would earn its time; "acceptance", others would, the row's would not.
+    """
+
+    predicted_step_ms: float  # without drafting
+    predicted_draft_ms: float
+    skipped: dict[str, int] = field(default_factory=dict)
+    calibration_error: float = 0.0  # mean distance of stated probability and frequency of acceptance, of late
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one step did. Durations are milliseconds of wall clock per phase; deltas are in row order."""
 
@@ -299,6 +314,7 @@ class StepReport:
     num_prefill_tokens: int = 0
     num_preempted: int = 0
     phase_ms: dict[str, float] = field(default_factory=dict)  # plan, propose, build, forward, verify, commit
+    budget: BudgetReport | None = None  # of a budget that predicts
 
 
 @dataclass(frozen=True)
@@ -336,7 +352,8 @@ class EngineInfo:
     verify_mode: VerifyMode
     row_invariant: bool  # the start-up check found the arithmetic bitwise row-invariant
     eos_token_ids: tuple[int, ...]
-    budget: str = "full"  # how many drafts are verified: "full", "fixed:K", "off"
+    budget: str = "full"  # how many drafts are verified: "auto", "full", "fixed:K", "off"
+    objective: str = "throughput"  # what "auto" is after: "throughput", "per-user:X"
     head: str | None = None  # the draft head as the user named it
     head_bytes: int = 0  # its own weights; embedding and LM head are the target's
     separate_draft_bytes: int = 0  # weights of a separate draft model with as many layers, for comparison

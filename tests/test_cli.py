@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -83,6 +84,24 @@ def test_help_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_profile_prints_the_curves(tmp_path, monkeypatch):
+    """Of a tiny target; a plot without matplotlib, or what has no curves, is one sentence."""
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = str(Path(__file__).parent / "goldens" / "target")
+    arguments = ["profile", target, "--method", "ngram"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines if line.strip()[0].isdigit()][:4] == ["1", "2", "4", "8"]
+    assert len(list((tmp_path / "profiles").iterdir())) == 1
+    result = CliRunner().invoke(app, ["profile", target, "--method", "none"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    picture = tmp_path / "curves.png"
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(picture)])
+    assert picture.exists() == (result.exit_code == 0)
+    assert picture.exists() or "[train]" in result.stderr
 
 
 def test_version():

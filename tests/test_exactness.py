@@ -6,6 +6,9 @@ Tokens and float logprobs are compared with ==, on a toy target and on the real 
 import pytest
 import torch
 
+from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.cost import CostModel, Point, Profile
+from dspark_serve.speculation.policies import AutoBudget, FixedBudget
 from tests.toy import VOCAB, drafter_named, make_engine, make_request, run, toy_model
 
 DRAFTERS = ["none", "ngram", "right", "wrong", "random"]
@@ -100,6 +103,33 @@ def test_same_bits(subjects, name, temperature, drafter, situation):
         assert got.accepted == 0 < got.kept
     if drafter == "random":
         assert 0 < got.accepted < got.kept
+
+
+def deciding_budget(drafter, machine):
+    """A budget that decides, for machines on which everything pays, nothing does, or now this and now that."""
+    times = torch.rand(300, generator=torch.Generator().manual_seed(3)).tolist()
+    step = {"generous": lambda n: 10.0, "mean": lambda n: 10.0 * n, "moody": lambda n: 10 + 30 * times[n]}[machine]
+    profile = Profile(
+        tuple(Point(n, 1, 0, step(n)) for n in range(1, 257)),
+        tuple(Point(n, n, 0, 5 * step(n) if machine == "mean" else 1.0) for n in range(1, 17)),
+    )
+    name = type(drafter).__name__
+    calibrator = Calibrator("coupled", max(drafter.width, 1))
+    return AutoBudget(CostModel(profile, 256, 16), calibrator, drafter=name, costly=name)
+
+
+@pytest.mark.parametrize("machine", ["generous", "mean", "moody", "fixed"])
+@pytest.mark.parametrize("situation", ["batch", "preemption", "chunk7"])
+@pytest.mark.parametrize("drafter", ["ngram", "right", "wrong", "random"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_budget_decides_how_fast_never_what(subjects, temperature, drafter, situation, machine):
+    subject = subjects("toy", temperature)
+    options = {"preemption": {"pages": subject.small_pool, "prefix_caching": False}, "chunk7": {"chunk": 7}}
+    made = drafter_named(drafter, subject.truth)
+    budget = FixedBudget(2) if machine == "fixed" else deciding_budget(made, machine)
+    engine = make_engine(subject.model, made, page_size=4, budget=budget, **options.get(situation, {}))
+    for _ in range(2):  # the second time the budget knows what to expect
+        assert run(engine, subject.requests()) == subject.plain
 
 
 def test_sampling_options_keep_the_promise(subjects):

@@ -33,6 +33,9 @@ FORBIDDEN = {
     "choice": TORCH,
     "cache.pages": TORCH,
     "engine.scheduler": TORCH,
+    "speculation.cost": TORCH,
+    "speculation.budget": TORCH,
+    "speculation.calibrate": TORCH,
     "server": TORCH | {"models", "drafters", "speculation", "dspark_kernels", "sampling", "cache"},
 }
 

@@ -16,7 +16,7 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.dense import DenseModel
-from dspark_serve.speculation.budget import KeepAll
+from dspark_serve.speculation.policies import KeepAll
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import EngineInfo, Request, SamplingParams
 from tests.tiny_model import tiny_config

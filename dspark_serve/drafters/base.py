@@ -52,3 +52,4 @@ class DrafterPlan:
     kv_layers: tuple[LayerGeometry, ...] = ()
     num_bytes: int = 0  # weights of its own
     separate_bytes: int = 0  # weights of a separate draft model with as many layers
+    costly: str | None = None  # the name, in reports, of the drafter that takes a pass of a model

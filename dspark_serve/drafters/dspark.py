@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
-from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode
 
@@ -103,8 +103,9 @@ class DSparkDrafter:
                 logits = bias.add_(logits)
             if head.confidence is not None:
                 confidence.append(head.confidence.logits(hidden[:, slot], embedded))
+            largest = largest_probability(logits)
             previous, probs = self._drawer.draw(logits, batch.sampling, slot)
-            drafts.add(previous, probs)
+            drafts.add(previous, probs, largest)
         return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
 
     @torch.inference_mode()

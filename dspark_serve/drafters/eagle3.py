@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context
-from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode
 
@@ -77,8 +77,10 @@ class Eagle3Drafter:
             chain = torch.stack(keys, dim=1), torch.stack(values, dim=1)  # [rows, slot + 1, kv_heads, head_dim]
             attended = layer.attend(q.unsqueeze(1), *chain, context, store, self._first_layer)
             features = layer.finish(attended, features).view(count, -1)  # the next step's input, before the norm
-            previous, probs = self._drawer.draw(head.base_logits(head.norm(features)), batch.sampling, slot)
-            drafts.add(previous, probs)
+            logits = head.base_logits(head.norm(features))
+            largest = largest_probability(logits)
+            previous, probs = self._drawer.draw(logits, batch.sampling, slot)
+            drafts.add(previous, probs, largest)
         return drafts.proposal()
 
     @torch.inference_mode()

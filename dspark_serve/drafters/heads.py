@@ -73,4 +73,5 @@ def _plan(
         kv_layers=head.kv_layers,
         num_bytes=weights.num_bytes,
         separate_bytes=weights.num_bytes + borrowed,
+        costly=name,
     )

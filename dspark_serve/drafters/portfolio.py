@@ -86,6 +86,8 @@ class PortfolioDrafter:
 
     def _choose(self, row: Row, length: int, count: int) -> str:
         """Which kind drafts for a row whose last `length` tokens occurred before, and were followed by `count`."""
+        if row.lookup_only:
+            return _kind(length)
         if not count:
             return "head"
         record = self._records.setdefault(row.request.request_id, _Record())
@@ -158,6 +160,7 @@ def _merge(
     device = _device(drawn)
     tokens = torch.full((rows, width), -1, dtype=torch.int64, device=device)
     rates = torch.tensor([line[:width] for line in confidence], device=device).reshape(rows, width)
+    largest = torch.zeros((rows, width), device=device)
     n_draft = [0] * rows
     probs = None
     if drawn is not None and drawn.draft_probs is not None:
@@ -172,8 +175,10 @@ def _merge(
             n_draft[row] = count
         if part.confidence is not None:
             rates[list(index), :columns] = part.confidence
+        if part.largest is not None:
+            largest[list(index), :columns] = part.largest
     if probs is not None and copied is not None:
         certain = tokens[list(looked_up)]  # [lookups, width]
         one_hot = torch.zeros_like(probs[list(looked_up)])
         probs[list(looked_up)] = one_hot.scatter_(-1, certain.clamp(min=0).unsqueeze(-1), 1.0)
-    return Proposal(tokens, tuple(n_draft), probs, rates, names)
+    return Proposal(tokens, tuple(n_draft), probs, rates, names, largest)

@@ -111,9 +111,11 @@ class Drafts:
     counts: tuple[int, ...]  # [rows] drafts wanted; 0 where a row cannot have any
     tokens: list[Tensor] = field(default_factory=list)  # each [rows]
     probs: list[Tensor] = field(default_factory=list)  # each [rows, vocab], in rejection mode
+    largest: list[Tensor] = field(default_factory=list)  # each [rows], largest draft probability
 
-    def add(self, token: Tensor, probs: Tensor | None) -> None:
+    def add(self, token: Tensor, probs: Tensor | None, largest: Tensor) -> None:
         self.tokens.append(token)
+        self.largest.append(largest)
         if probs is not None:
             self.probs.append(probs)
 
@@ -123,7 +125,13 @@ class Drafts:
         limit = torch.tensor(self.counts, device=tokens.device).unsqueeze(1)
         beyond = torch.arange(tokens.shape[1], device=tokens.device) >= limit
         probs = torch.stack(self.probs, dim=1) if self.probs else None
-        return Proposal(tokens.masked_fill_(beyond, -1), self.counts, probs, confidence)
+        largest = torch.stack(self.largest, dim=1)
+        return Proposal(tokens.masked_fill_(beyond, -1), self.counts, probs, confidence, largest=largest)
+
+
+def largest_probability(logits: Tensor) -> Tensor:
+    """Of softmax, [rows, drafted tokens] -> [rows]: tells acceptance about as well as a confidence head does."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def committed(batch: StepBatch, verdict: Verdict) -> Tensor:

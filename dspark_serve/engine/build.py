@@ -23,6 +23,7 @@ from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
+from dspark_serve.engine.profile import Rig, machine_profile
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.engine.self_test import run_self_test
@@ -30,7 +31,9 @@ from dspark_serve.models.base import ModelInfo, TargetModel
 from dspark_serve.models.catalog import CATALOG
 from dspark_serve.models.invariance import row_variance
 from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_model, resolve
-from dspark_serve.speculation.budget import Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.calibrate import Calibrator, stored_maps
+from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
 from dspark_serve.types import EngineInfo
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
@@ -98,9 +101,9 @@ def _assemble(
     )
     info = _engine_info(config, path, model, store, scheduler, plan)
     info = replace(info, row_invariant=row_invariant, warnings=warnings)
-    runner = Runner(model, store, drafter.taps)
-    budget = _budget(config.speculation.budget)
-    return Engine(info, scheduler, drafter, budget, Batcher(page_size, model.device), runner)
+    runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
+    budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
+    return Engine(info, scheduler, drafter, budget, batcher, runner)
 
 
 def _tested(
@@ -110,13 +113,20 @@ def _tested(
     assert config.speculation.head is not None
     num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
     # Nobody asks this engine whether its arithmetic is row-invariant, and finding out takes a while.
-    engine = _assemble(config, path, model, plan, max_model_len, num_pages, row_invariant=False)
+    engine = _assemble(_verify_all(config), path, model, plan, max_model_len, num_pages, row_invariant=False)
     result = run_self_test(engine, head_directory(config.speculation.head))
     insisted = config.speculation.budget.startswith("fixed:")
     warnings = result.warnings(config.speculation.head, insisted)
     for sentence in warnings:
         logger.warning(sentence)
     return (DRAFTERS["none"](config.speculation, model) if result.worthless and not insisted else plan), warnings
+
+
+def _verify_all(config: Config) -> Config:
+    """Where the budget is to decide, every draft instead: the self-test asks what the head can do."""
+    if config.speculation.budget != "auto":
+        return config
+    return config.model_copy(update={"speculation": config.speculation.model_copy(update={"budget": "full"})})
 
 
 def with_shipped_head(config: SpeculationConfig, resolved: ResolvedModel) -> SpeculationConfig:
@@ -170,8 +180,29 @@ def _draft_width(budget: str, width: int) -> int:
     return min(width, int(budget.removeprefix("fixed:"))) if budget.startswith("fixed:") else width
 
 
-def _budget(budget: str) -> Budget:
-    return FixedBudget(int(budget.removeprefix("fixed:"))) if budget.startswith("fixed:") else KeepAll()
+def _budget(config: SpeculationConfig, plan: DrafterPlan, rig: Rig) -> Budget:
+    if config.budget.startswith("fixed:"):
+        return FixedBudget(int(config.budget.removeprefix("fixed:")))
+    if config.budget != "auto" or not rig.drafter.width:
+        return KeepAll()
+    head_dir = head_directory(config.head) if config.head is not None and plan.costly else None
+    profile = machine_profile(rig, plan, head_dir, again=config.measure_again)
+    calibrator = Calibrator(
+        config.verify_mode,
+        rig.drafter.width,
+        stored_maps(head_dir) if head_dir is not None else {},
+        head=plan.costly or "",
+        # A portfolio states how often each request's lookups were right; a lookup alone states nothing.
+        adaptive=frozenset({"ngram"}) if plan.name == "portfolio" else frozenset(),
+    )
+    return AutoBudget(
+        CostModel(profile, rig.scheduler.max_num_batched_tokens, rig.scheduler.max_num_seqs),
+        calibrator,
+        drafter=plan.name,
+        costly=plan.costly,
+        lookup=plan.name == "portfolio",
+        tokens_per_s_per_user=float(config.objective.partition(":")[2] or 0.0),
+    )
 
 
 def _engine_info(
@@ -199,6 +230,7 @@ def _engine_info(
         row_invariant=False,
         eos_token_ids=generation_defaults(Path(path)).eos_token_ids,
         budget=config.speculation.budget,
+        objective=config.speculation.objective,
         head=config.speculation.head if plan.num_bytes else None,
         head_bytes=plan.num_bytes,
         separate_draft_bytes=plan.separate_bytes,

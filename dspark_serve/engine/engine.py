@@ -18,7 +18,7 @@ from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.sampling import logprob_table
-from dspark_serve.speculation.budget import Budget
+from dspark_serve.speculation.policies import Budget
 from dspark_serve.speculation.verify import verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
@@ -41,7 +41,7 @@ class Engine:
     def step(self) -> StepReport:
         """Advance every planned row by one chunk or by one token plus its accepted drafts."""
         clock = _Clock()
-        plan = self.scheduler.plan()
+        plan = self.budget.admit(self.scheduler.plan())
         if not plan.rows:
             return StepReport(num_preempted=plan.num_preempted)
         clock.lap("plan")
@@ -58,13 +58,14 @@ class Engine:
         results = _results(plan, proposal, batch, verdict, out.logits, self.info.drafter)
         clock.lap("verify")
         report = self.scheduler.commit(plan, results)
+        clock.lap("commit")
+        learned = self.budget.learn(plan, proposal, results, clock.phase_ms)
         for delta in report.deltas:
             if delta.finish_reason is not None:
-                self.drafter.release(delta.request_id)
+                self._release(delta.request_id)
         if not self.has_work:
             _return_free_memory()
-        clock.lap("commit")
-        return replace(report, phase_ms=clock.phase_ms)
+        return replace(report, phase_ms=clock.phase_ms, budget=learned)
 
     def add(self, request: Request) -> None:
         """Queue a request; InvalidRequest if it can never be served, EngineBusy if the queue is full."""
@@ -72,8 +73,12 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request and give its pages back; False if it is not here any more."""
-        self.drafter.release(request_id)
+        self._release(request_id)
         return self.scheduler.cancel(request_id)
+
+    def _release(self, request_id: str) -> None:
+        self.drafter.release(request_id)
+        self.budget.release(request_id)
 
     @property
     def has_work(self) -> bool:

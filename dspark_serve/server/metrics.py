@@ -22,7 +22,10 @@ _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _E2E = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _STEP = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
-_OURS = ("spec_kept_tokens", "spec_budget_tokens")  # vLLM has nothing under these names
+# vLLM has nothing under these names.
+_OURS = (
+    "spec_kept_tokens", "spec_budget_tokens", "step_seconds_predicted", "spec_draft_skipped", "spec_calibration_error",
+)  # fmt: skip
 
 
 @dataclass
@@ -80,6 +83,15 @@ class Metrics:
             f"{PREFIX}step_seconds", "Time of a step, by phase.", ["model_name", "phase"], buckets=_STEP,
             registry=self.registry,
         )  # fmt: skip
+        self._predicted = self._gauge(
+            "step_seconds_predicted", "Time the last step was expected to take, drafting too."
+        )
+        self._skipped = self._family(
+            "spec_draft_skipped", "Rows that did not draft because it would not have paid, by reason.", "reason"
+        )
+        self._calibration = self._gauge(
+            "spec_calibration_error", "Mean distance of stated probability and frequency of acceptance, of late."
+        )
         ProcessCollector(registry=self.registry)
         if vllm_names:
             self.registry.register(_VllmNames(self._shared))
@@ -184,6 +196,11 @@ class Metrics:
                     self._per_position.labels(self._model, str(position)).inc()
         self._kept.inc(kept)
         self._budget.set(kept)
+        if report.budget is not None:
+            self._predicted.set((report.budget.predicted_step_ms + report.budget.predicted_draft_ms) / 1e3)
+            self._calibration.set(report.budget.calibration_error)
+            for reason, count in report.budget.skipped.items():
+                self._skipped.labels(self._model, reason).inc(count)
 
 
 class _VllmNames(Collector):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from dspark_serve.drafters.heads import plan_head
 from dspark_serve.models.loader import load_model, resolve
+from dspark_serve.speculation.policies import KeepAll
 from tests.toy import make_engine, make_request, run
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -38,7 +39,7 @@ def golden_tensors(head):
     return load_file(GOLDENS / head / "goldens.safetensors")
 
 
-class Threshold:
+class Threshold(KeepAll):
     """The reference's gate: verify up to the first slot whose confidence is below the request's threshold.
 
     `rounds` lists what was drafted, by request id. The reference never drafts from a prompt's own token.

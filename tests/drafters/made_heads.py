@@ -12,6 +12,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.models.loader import iterate_weights, read_config
+from dspark_serve.speculation.policies import KeepAll
 from tests.drafters.golden import GOLDENS, golden_plan, golden_target
 
 
@@ -57,7 +58,7 @@ def plan_named(name, mode="coupled"):
     return made[name](mode) if name in made else golden_plan(name, mode)
 
 
-class Watch:
+class Watch(KeepAll):
     """A budget that keeps every draft and remembers what was proposed, by (request, anchor's position)."""
 
     def __init__(self):

@@ -1,10 +1,14 @@
 """The whole step on the toy target: logprobs, prompt scoring, rejection sampling, cancelling, accounting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from dspark_kernels.noise import gumbel
+from dspark_serve.drafters.ngram import NgramDrafter
+from dspark_serve.speculation.policies import KeepAll
 from dspark_serve.types import SpeculationParams
 from tests.toy import VOCAB, Oracle, RandomProbsDrafter, drafter_named, make_engine, make_request, run, toy_model
 
@@ -177,3 +181,25 @@ def test_speculation_can_be_switched_off_per_request():
 def test_every_token_id_is_in_the_vocabulary():
     got = run(make_engine(toy_model()), [make_request(f"r{i}", [i + 1], seed=i, max_tokens=10) for i in range(16)])
     assert all(0 <= token < VOCAB for tokens in got.tokens.values() for token in tokens)
+
+
+def test_the_budget_is_asked_before_the_drafter():
+    class Barring(KeepAll):
+        """Lets nobody draft, and notes what it is told."""
+
+        learned = 0
+
+        def admit(self, plan):
+            return replace(plan, rows=tuple(replace(row, max_drafts=0) for row in plan.rows))
+
+        def learn(self, plan, proposal, results, phase_ms):
+            assert len(results) == len(plan.rows)
+            assert {"propose", "forward", "commit"} <= set(phase_ms)
+            self.learned += 1
+
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    plain = run(make_engine(toy_model()), [make_request("a", prompt, max_tokens=12)])
+    barred = make_engine(toy_model(), NgramDrafter(4, 1, 3), budget=Barring())
+    got = run(barred, [make_request("a", prompt, max_tokens=12)])
+    assert (got.tokens, got.kept) == (plain.tokens, 0)
+    assert barred.budget.learned == 12

@@ -1,8 +1,12 @@
 """Metrics as Prometheus scrapes them, after traffic on a scripted engine."""
 
+from dataclasses import replace
+
 import pytest
 from fakes import FakeEngine, settled
 from prometheus_client.parser import text_string_to_metric_families
+
+from dspark_serve.types import BudgetReport
 
 LABELS = {"model_name": "fake"}
 
@@ -48,6 +52,22 @@ async def test_counts(serve):
         assert samples["dspark:num_requests_waiting",] == 0
         assert samples["dspark:kv_cache_usage_perc",] == 0
         assert not any(name.startswith("vllm:") for name, *_ in samples)
+
+
+class Deciding(FakeEngine):
+    """Says what a budget expected of each step."""
+
+    def step(self):
+        return replace(super().step(), budget=BudgetReport(8.0, 2.0, {"cost": 1}, 0.25))
+
+
+async def test_what_the_budget_expected(serve):
+    async with serve(Deciding()) as client:
+        await generate(client, max_tokens=5)
+        samples = await scrape(client)
+        assert samples["dspark:step_seconds_predicted",] == pytest.approx(0.01)
+        assert samples["dspark:spec_calibration_error",] == 0.25
+        assert samples["dspark:spec_draft_skipped_total", ("reason", "cost")] >= 5
 
 
 async def test_vllm_names(serve):

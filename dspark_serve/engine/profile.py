@@ -1,0 +1,248 @@
+"""Measures what steps and drafts cost: made-up rows on scratch pages, through the real drafter, batcher and target.
+
+Done once per machine, model and head, then read from the cache. Must not know: text, what is decided by the times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dspark_serve.drafters.base import Drafter, DrafterPlan
+from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.runner import Runner
+from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.models.catalog import cache_dir
+from dspark_serve.speculation.cost import Point, Profile, load_profile, save_profile
+from dspark_serve.speculation.verify import verify
+from dspark_serve.tensors import Proposal
+from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
+
+SECONDS = 7.0  # for the sweep
+_PASSES = 3  # timed ones
+_CONTEXT, _LONG = 128, 640  # tokens before a row's anchor
+_STRIDE = 61
+_KEPT_FILES = 32
+
+
+@dataclass(frozen=True)
+class Rig:
+    """The parts of an engine that a step runs through. Nobody else may use them during a sweep."""
+
+    info: EngineInfo
+    scheduler: Scheduler
+    drafter: Drafter
+    batcher: Batcher
+    runner: Runner
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step to be measured: decoding rows with so many drafts each, or one prompt chunk."""
+
+    rows: int
+    drafts: int = 0
+    context: int = _CONTEXT
+    chunk: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (self.chunk + self.drafts)
+
+    @property
+    def keys(self) -> int:
+        """As the cost model counts them: of the rows without their drafts."""
+        return self.rows * (self.context + self.chunk)
+
+
+def machine_profile(
+    rig: Rig, plan: DrafterPlan, head_dir: Path | None, seconds: float = SECONDS, again: bool = False
+) -> Profile:
+    """The profile in the cache, or a new one, which takes about `seconds` and is kept there."""
+    key = profile_key(rig, plan, head_dir)
+    digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
+    path = cache_dir() / "profiles" / f"{digest}.json"
+    profile = None if again else load_profile(path, key)
+    if profile is None:
+        profile = sweep(rig, plan.costly, seconds)
+        save_profile(path, key, profile)
+        _prune(path.parent)
+    else:
+        with contextlib.suppress(OSError):  # a cache that is read only
+            path.touch()  # the newest are kept
+    return profile
+
+
+def profile_key(rig: Rig, plan: DrafterPlan, head_dir: Path | None) -> dict[str, object]:
+    """What a profile holds for: times measured under another key say nothing."""
+    model, info = rig.runner.model, rig.info
+    rows = model.embed(torch.arange(0, info.vocab_size, _STRIDE, device=model.device))
+    digest = hashlib.sha256(rows.float().cpu().numpy().tobytes())
+    try:
+        ours = version("dspark-serve")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        ours = "unknown"
+    return {
+        "model": f"{info.architecture}-{digest.hexdigest()[:16]}",
+        "head": "" if head_dir is None else _head_fingerprint(head_dir),
+        "drafter": plan.name,
+        "width": rig.drafter.width,
+        "rows": rig.scheduler.max_num_seqs,
+        "verify_mode": info.verify_mode,
+        "device": _device_name(model.device),
+        "dtype": info.dtype,
+        "backend": info.backend,
+        "threads": torch.get_num_threads(),
+        "version": f"{ours}, torch {torch.__version__}",
+    }
+
+
+def _head_fingerprint(head_dir: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(head_dir.glob("*.json")) + sorted(head_dir.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+    digest.update((head_dir / "config.json").read_bytes() if (head_dir / "config.json").exists() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _prune(directory: Path) -> None:
+    """Keep the profiles that were used last."""
+    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_KEPT_FILES]:
+        path.unlink(missing_ok=True)
+
+
+def shapes(rig: Rig) -> list[Shape]:
+    """What to measure, the cheapest first. Equal token counts in different rows tell rows from tokens, and so on."""
+    width, scheduler = rig.drafter.width, rig.scheduler
+    pool_tokens = scheduler.pool.num_available * scheduler.pool.page_size
+    context = max(0, min(_CONTEXT, scheduler.max_model_len - width - 2, pool_tokens - width - 1))
+    found = [Shape(1, 0, 0)] + [Shape(1, drafts, context) for drafts in range(width + 1)]
+    rows = 2
+    while rows <= scheduler.max_num_seqs:
+        found.append(Shape(rows, 0, context))
+        rows *= 2
+    found += [Shape(4, drafts, context) for drafts in sorted({1, 3, width} & set(range(1, width + 1)))]
+    found += [Shape(16, 1, context), Shape(16, min(3, width), context)]
+    found += [Shape(8, 0, _LONG), Shape(2, 0, _LONG)]
+    found += [Shape(1, 0, 0, chunk) for chunk in (32, 128, 512)]
+
+    def fits(shape: Shape) -> bool:
+        length = shape.context + shape.chunk + width
+        return (
+            shape.rows <= scheduler.max_num_seqs
+            and shape.tokens <= scheduler.max_num_batched_tokens
+            and length <= scheduler.max_model_len
+            and shape.rows * scheduler.pool.pages_for(length) * scheduler.pool.page_size <= pool_tokens
+        )
+
+    return sorted({shape for shape in found if fits(shape)}, key=lambda s: (s.tokens, s.rows, s.context))
+
+
+def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], float] = time.perf_counter) -> Profile:
+    """Measure as many shapes as `seconds` allow, each a few times over the whole of them, so that a slow moment hits
+    many points once and not one point always. Pages come from the pool and go back; their K/V is of no use to anyone.
+    """
+    wanted, began = shapes(rig), clock()
+    if not wanted:
+        raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
+    times: dict[Shape, list[tuple[float, float, float]]] = {}
+    took: dict[Shape, float] = {}  # seconds, setting up included
+    with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
+        for turn in range(_PASSES + 1):
+            for shape in wanted if turn == 0 else list(times):
+                spent = clock() - began
+                # The first pass, which warms up, leaves room for another.
+                if spent + took.get(shape, 0.0) > (seconds * 0.6 if turn == 0 else seconds) and len(times) > 1:
+                    break  # the shapes after it take longer still
+                measured = _measure(rig, shape, costly, clock)
+                times.setdefault(shape, []).append(measured)
+                took[shape] = clock() - began - spent
+                bar.update(min(spent + took[shape], seconds) - bar.n)
+    # The least of each: whatever disturbs a measurement makes it longer.
+    least = {shape: tuple(min(part) for part in zip(*found, strict=True)) for shape, found in times.items()}
+    return Profile(
+        steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, step, _) in least.items()),
+        drafts=tuple(Point(s.rows, s.rows, s.keys, draft) for s, (draft, _, _) in least.items() if draft > 0),
+        greedy_steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, _, step) in least.items()),
+    )
+
+
+@torch.inference_mode()
+def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """Milliseconds to draft, 0 where it costs nothing; of the rest of the step, drawing tokens; and of it, greedy."""
+    rows = _rows(rig, shape)
+    try:
+        _wait(rig)
+        began = clock()
+        proposal = rig.drafter.propose(rows) if costly and shape.chunk == 1 else None
+        _wait(rig)
+        drafted = clock()
+        draft_ms = 0.0 if proposal is None else (drafted - began) * 1e3
+        if proposal is None or min(proposal.n_draft) < shape.drafts:  # a lookup finds nothing in made-up text
+            proposal = Proposal.from_lists([[1] * shape.drafts] * shape.rows, rig.batcher.device)
+        limited = [replace(row, max_drafts=shape.drafts) for row in rows]
+        kept = proposal.trim([shape.drafts] * shape.rows) if shape.drafts else Proposal.empty(0)
+        batch = rig.batcher.build(Plan(tuple(limited)), kept)
+        out = rig.runner.run(batch)
+        _wait(rig)
+        judged = [clock()]
+        sampling = batch.sampling
+        greedy = replace(sampling, all_greedy=True, temperature=torch.zeros_like(sampling.temperature))
+        for each in (replace(batch, sampling=greedy), batch):
+            verdict = verify(out.logits, each, rig.info.verify_mode)
+            verdict.to_host()
+            _wait(rig)
+            judged.append(clock())
+        rig.drafter.observe(batch, out.taps, verdict)
+        _wait(rig)
+        ended = clock()
+    finally:
+        for row in rows:
+            rig.scheduler.pool.release(row.request.pages)
+            rig.drafter.release(row.request.request_id)
+    begin, middle, end = judged
+    both_ms = (ended - drafted) * 1e3
+    return draft_ms, both_ms - (middle - begin) * 1e3, both_ms - (end - middle) * 1e3
+
+
+def _rows(rig: Rig, shape: Shape) -> list[Row]:
+    """Rows of made-up tokens that never repeat in the same order."""
+    width, pool, draw = rig.drafter.width, rig.scheduler.pool, random.Random(0)
+    rows = []
+    for index in range(shape.rows):
+        params = SamplingParams(temperature=1.0)
+        request = Request(f"profile-{index}", (1,), params, seed=index)
+        request.token_ids = [draw.randrange(rig.info.vocab_size) for _ in range(shape.context + shape.chunk)]
+        if not pool.grow(request.pages, shape.context + shape.chunk + width):
+            raise AssertionError("shapes are chosen to fit the pool")
+        # A chunk of a prompt gives no token and gets no drafts.
+        decodes = shape.chunk == 1
+        rows.append(Row(request, shape.context, shape.chunk, decodes, width if decodes else 0))
+    return rows
+
+
+def _wait(rig: Rig) -> None:
+    if rig.batcher.device.type == "cuda":
+        torch.cuda.synchronize(rig.batcher.device)

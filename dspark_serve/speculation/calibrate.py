@@ -1,0 +1,203 @@
+"""From a drafter's signals to probabilities that stay true: what is stored with a head, then what verification says.
+
+Must not know: torch, drafters, budgets. Signals come as arrays [rows, width]; labels are kept drafts only, so somebody
+must see to it that full blocks are verified now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_serve.types import GREEDY_TEMPERATURE, VerifyMode
+
+Floats = npt.NDArray[np.float64]
+
+RANGES = (GREEDY_TEMPERATURE, 0.6, 0.9, 1.2)  # upper ends of the temperature ranges; a last one is above
+_EDGE = 1e-4  # probabilities are kept this far from 0 and 1
+_SLOW = 0.02  # smallest gain of a slot's offset, per label
+_OWN_GAIN = 0.15  # of a request's own offset, per label: it has to follow the text
+_OWN_DECAY = 0.98
+_OWN_LIMIT, _LIMIT = 2.0, 4.0
+_BINS = 10
+_BIN_DECAY = 0.999
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlotMap:
+    """logit of acceptance = confidence * logit(confidence) + largest * logit(largest draft probability) + offset."""
+
+    confidence: float = 1.0
+    largest: float = 0.0
+    offset: float = 0.0
+
+
+def stored_maps(head_dir: Path) -> dict[str, tuple[SlotMap, ...]]:
+    """Calibration in dspark.json beside a head, by mode ("greedy", "rejection", "coupled"); {} where there is none.
+
+    What cannot be read costs a warning and is left out: a head works without.
+    """
+    path = head_dir / "dspark.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["calibration"]
+        maps = {mode: tuple(SlotMap(**slot) for slot in fit["slots"]) for mode, fit in stored.items()}
+        values = [v for slots in maps.values() for s in slots for v in (s.confidence, s.largest, s.offset)]
+        if not np.isfinite(np.array(values, dtype=np.float64)).all():
+            raise ValueError("it holds values that are not finite")
+        return maps
+    except (FileNotFoundError, KeyError):
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("the calibration in %s is ignored: %s", path, error)
+        return {}
+
+
+def temperature_ranges(temperatures: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Index of the range that each falls into; 0 is greedy."""
+    return np.searchsorted(RANGES, temperatures).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class DraftSignals:
+    """What is known of a step's drafts before they are verified; arrays are [rows, width]."""
+
+    requests: tuple[str, ...]  # [rows]
+    kinds: tuple[str, ...]  # [rows] who drafted
+    ranges: npt.NDArray[np.int64]  # [rows] see temperature_ranges
+    confidence: Floats | None  # probabilities as the drafter states them
+    largest: Floats | None  # largest draft probability
+    n_draft: npt.NDArray[np.int64]  # [rows]
+
+
+@dataclass
+class _Offsets:
+    """Learned for one drafter and temperature range: an offset per slot, and how many labels each has had."""
+
+    offset: Floats
+    labels: Floats
+
+
+@dataclass
+class Calibrator:
+    """Probabilities of acceptance, given that the drafts before are accepted.
+
+    Three layers of logits: what is stored with the head (or what the drafter states, or an even chance), a slow offset
+    per drafter, temperature range and slot, and a quick one per request and drafter. Drafters named in `adaptive` state
+    running rates of each request already, and get no quick one.
+    """
+
+    mode: VerifyMode
+    width: int
+    stored: Mapping[str, tuple[SlotMap, ...]] = field(default_factory=dict)
+    head: str = ""  # the drafter that `stored` is for
+    adaptive: frozenset[str] = frozenset()
+    _offsets: dict[tuple[str, int], _Offsets] = field(default_factory=dict)
+    _own: dict[str, dict[str, float]] = field(default_factory=dict)  # request -> drafter -> offset
+    _bins: Floats = field(default_factory=lambda: np.zeros((2, _BINS)))
+
+    def probabilities(self, signals: DraftSignals) -> Floats:
+        """[rows, width]; 0 beyond a row's drafts."""
+        rows, width = len(signals.kinds), self.width
+        if signals.confidence is not None:
+            width = signals.confidence.shape[1]
+        elif signals.largest is not None:
+            width = signals.largest.shape[1]
+        logits = np.zeros((rows, width))
+        for (kind, level), index in _groups(signals).items():
+            logits[index] = self._logits(kind, level, signals, index, width)
+        said = sigmoid(logits)
+        said[np.arange(width) >= signals.n_draft[:, None]] = 0.0
+        return said
+
+    def _logits(self, kind: str, level: int, signals: DraftSignals, index: list[int], width: int) -> Floats:
+        slots = self._maps(level) if kind == self.head else ()
+        told = None if signals.confidence is None else logit(signals.confidence[index])
+        if slots and not (signals.confidence is None and any(s.confidence for s in slots)):
+            columns = np.minimum(np.arange(width), len(slots) - 1)
+            table = np.array([(s.confidence, s.largest, s.offset) for s in slots])[columns]
+            logits = np.broadcast_to(table[:, 2], (len(index), width)).copy()
+            if told is not None:
+                logits += told * table[:, 0]
+            if signals.largest is not None:
+                logits += logit(signals.largest[index]) * table[:, 1]
+        else:
+            logits = np.zeros((len(index), width)) if told is None else told
+        learned = self._offsets.get((kind, level))
+        if learned is not None:
+            logits += learned.offset[:width]
+        if kind not in self.adaptive:
+            own = [self._own.get(signals.requests[row], {}).get(kind, 0.0) for row in index]
+            logits += np.array(own)[:, None]
+        return logits
+
+    def _maps(self, level: int) -> tuple[SlotMap, ...]:
+        return self.stored.get("greedy" if level == 0 else self.mode, ())
+
+    def learn(
+        self, signals: DraftSignals, said: Floats, n_kept: npt.NDArray[np.int64], n_accepted: npt.NDArray[np.int64]
+    ) -> None:
+        """Labels are the drafts up to the first rejected one, as far as they were kept: the rest was never judged."""
+        slot = np.arange(said.shape[1])
+        judged = slot < np.minimum(n_kept, n_accepted + 1)[:, None]  # [rows, width]
+        came = slot < n_accepted[:, None]
+        error = np.where(judged, came - said, 0.0)
+        for (kind, level), index in _groups(signals).items():
+            self._learn_slots((kind, level), judged[index], error[index])
+            if kind not in self.adaptive:
+                for row, total in zip(index, error[index].sum(1).tolist(), strict=True):
+                    mine = self._own.setdefault(signals.requests[row], {})
+                    own = _OWN_DECAY * mine.get(kind, 0.0) + _OWN_GAIN * total
+                    mine[kind] = min(max(own, -_OWN_LIMIT), _OWN_LIMIT)
+        self._count(said[judged], came[judged])
+
+    def _learn_slots(self, key: tuple[str, int], judged: npt.NDArray[np.bool_], error: Floats) -> None:
+        width = max(self.width, error.shape[1])
+        mine = self._offsets.setdefault(key, _Offsets(np.zeros(width), np.zeros(width)))
+        seen, used = judged.sum(0), slice(0, error.shape[1])
+        mine.labels[used] += seen
+        # The first labels move an offset by much, later ones by little, and a large batch is still one step.
+        gain = np.maximum(_SLOW, 4.0 / (mine.labels[used] + 8.0))
+        mine.offset[used] += np.clip(gain * error.sum(0), -0.5, 0.5)
+        np.clip(mine.offset, -_LIMIT, _LIMIT, out=mine.offset)
+
+    def _count(self, said: Floats, came: npt.NDArray[np.bool_]) -> None:
+        bins = np.minimum((said * _BINS).astype(np.int64), _BINS - 1)
+        self._bins *= _BIN_DECAY
+        self._bins[0] += np.bincount(bins, said - came, _BINS)
+        self._bins[1] += np.bincount(bins, minlength=_BINS)
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error of late: mean distance of stated probability and frequency."""
+        total = float(self._bins[1].sum())
+        return float(np.abs(self._bins[0]).sum()) / total if total else 0.0
+
+    def release(self, request_id: str) -> None:
+        self._own.pop(request_id, None)
+
+
+def _groups(signals: DraftSignals) -> dict[tuple[str, int], list[int]]:
+    """Rows by drafter and temperature range; mostly there is one of each."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for row, key in enumerate(zip(signals.kinds, signals.ranges.tolist(), strict=True)):
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def sigmoid(x: Floats) -> Floats:
+    result: Floats = 1 / (1 + np.exp(-x))
+    return result
+
+
+def logit(probability: Floats) -> Floats:
+    clipped = np.clip(probability, _EDGE, 1 - _EDGE)
+    result: Floats = np.log(clipped / (1 - clipped))
+    return result

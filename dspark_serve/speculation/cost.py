@@ -1,0 +1,270 @@
+"""What a step and a draft cost on this machine: measured curves, corrected by every step, and their profile on disk.
+
+Fed durations; has no clock of its own. Must not know: torch, models, requests, what the times are used for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+_EXACT = 64  # counts up to here have a bucket each, so that a cliff stays where it is
+_BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
+_WINDOW = 15  # measurements whose median is the machine's present slowdown
+_GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
+_CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
+_LIMIT = math.log(8.0)  # of a correction
+_FORMAT = 2
+
+_CURVES = ("steps", "drafts", "greedy_steps")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. `count`: tokens of a step, or rows of a draft; `context`: keys visible to all rows together."""
+
+    count: int
+    rows: int
+    context: int
+    ms: float
+
+    @property
+    def usable(self) -> bool:
+        return math.isfinite(self.ms) and self.ms > 0 and min(self.count, self.rows) > 0 and self.context >= 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A machine's measured curves: steps by tokens, drafts by rows (none where drafting costs nothing).
+
+    Drawing a token can take much longer than taking the likeliest, so steps whose rows are all greedy have a curve of
+    their own; without one, the other serves.
+    """
+
+    steps: tuple[Point, ...]
+    drafts: tuple[Point, ...] = ()
+    greedy_steps: tuple[Point, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(point.usable for point in self.steps):
+            raise ValueError("a profile needs at least one measured step")
+
+
+def load_profile(path: Path, key: Mapping[str, object]) -> Profile | None:
+    """The profile kept under `path` for `key`; None, with a warning, when it is damaged or another's."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != _FORMAT or stored["key"] != dict(key):
+            raise ValueError("it was measured on another machine or for another model")
+        profile = Profile(**{name: tuple(Point(**point) for point in stored[name]) for name in _CURVES})
+        if not all(point.usable for name in _CURVES for point in getattr(profile, name)):
+            raise ValueError("it holds impossible times")
+        return profile
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the cost profile %s is ignored and measured again: %s", path, error)
+        return None
+
+
+def save_profile(path: Path, key: Mapping[str, object], profile: Profile) -> None:
+    """Write by one rename, so that no reader sees half a file. A cache that cannot be written costs a warning."""
+    points = {name: [asdict(p) for p in getattr(profile, name)] for name in _CURVES}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps({"format": _FORMAT, "key": dict(key), **points}), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        logger.warning("the cost profile cannot be kept in %s: %s", path, error)
+
+
+class _Curve:
+    """Time by count: measured points joined by lines, plus a time per row and per key, times a correction per bucket.
+
+    The base is what the profile says; corrections are logarithms, learned from steps.
+    """
+
+    def __init__(self, points: Sequence[Point], max_count: int) -> None:
+        points = _quickest(points)
+        self._key_ms = _slope(points, "context")
+        self._row_ms = _slope(points, "rows", self._key_ms)
+        by_count: dict[int, list[float]] = {}
+        for p in _shortest(points):  # long contexts tell what a key costs, and no more
+            by_count.setdefault(p.count, []).append(p.ms - self._key_ms * p.context - self._row_ms * p.rows)
+        counts = sorted(by_count)
+        measured = np.array([max(statistics.median(by_count[count]), 1e-3) for count in counts])
+        # What is done for more cannot take longer for less: a disturbed measurement gives way to those after it.
+        times: list[float] = np.minimum.accumulate(measured[::-1])[::-1].tolist()
+        last = max(max_count, counts[-1])
+        self._base: Floats = np.interp(np.arange(last + 1), counts, times)
+        if last > counts[-1]:  # beyond the last measured point the mean slope of the upper half goes on
+            middle = len(counts) // 2 if len(counts) > 1 else 0
+            span = max(counts[-1] - counts[middle], 1)
+            slope = max((times[-1] - times[middle]) / span, times[-1] / counts[-1] / 2)
+            self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
+        self._bucket = np.array([_bucket(count) for count in range(last + 1)])
+        # Keys are pairs: the octave of rows, or for drafts whether all are greedy; and the octave of the mean context.
+        self._by_count: dict[int, Floats] = {}  # first of the pair -> correction per bucket of counts
+        self._by_context: dict[tuple[int, int], float] = {}
+
+    def times(self, first: int, last: int, rows: int, context: int | Floats, key: tuple[int, int]) -> Floats:
+        """Milliseconds for first..last counts without the machine's slowdown; the last known time goes on beyond."""
+        index = np.minimum(np.arange(first, last + 1), len(self._base) - 1)
+        base: Floats = self._base[index] + (self._row_ms * rows + self._key_ms * context)
+        learned, common = self._by_count.get(key[0]), self._by_context.get(key, 0.0)
+        if learned is None:
+            return base
+        factor: Floats = np.exp(learned[self._bucket[index]] + common)
+        return base * factor
+
+    def time(self, count: int, rows: int, context: int, key: tuple[int, int]) -> float:
+        """The same for one count."""
+        count = min(count, len(self._base) - 1)
+        base = float(self._base[count]) + self._row_ms * rows + self._key_ms * context
+        learned = self._by_count.get(key[0])
+        if learned is None:
+            return base
+        return base * math.exp(float(learned[self._bucket[count]]) + self._by_context.get(key, 0.0))
+
+    def correct(self, count: int, key: tuple[int, int], error: float, gain: float) -> None:
+        """error: logarithm of measured over predicted time."""
+        change = gain * min(max(error, -_CLIP), _CLIP)
+        bucket = self._bucket[min(count, len(self._bucket) - 1)]
+        learned = self._by_count.setdefault(key[0], np.zeros(int(self._bucket[-1]) + 1))
+        learned[bucket] = min(max(learned[bucket] + change, -_LIMIT), _LIMIT)
+        self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
+
+
+class CostModel:
+    """Predicts steps and drafts in milliseconds, and learns from those that were measured.
+
+    A slowdown common to all buckets follows the machine within a few steps (another process takes a core, the clock
+    drops); corrections per bucket follow the shape of the curves slowly. Measurements that cannot be are dropped.
+    """
+
+    def __init__(self, profile: Profile, max_tokens: int, max_rows: int) -> None:
+        self._steps = _Curve(profile.steps, max_tokens)
+        self._greedy_steps = _Curve(profile.greedy_steps or profile.steps, max_tokens)
+        self._drafts = _Curve(profile.drafts, max_rows) if any(p.usable for p in profile.drafts) else None
+        self._recent: deque[float] = deque(maxlen=_WINDOW)  # logarithm of measured over uncorrected time
+        self._slowdown = 0.0
+        self._noise = 0.1
+
+    @property
+    def slowdown(self) -> float:
+        """How much slower the machine is now than when it was profiled."""
+        return math.exp(self._slowdown)
+
+    @property
+    def noise(self) -> float:
+        """Typical relative error of a prediction."""
+        return self._noise
+
+    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float:
+        """A step with this many tokens (drafts and prompt chunks included) in this many rows; context: all keys."""
+        return self._curve(greedy).time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
+
+    def step_curve(self, first: int, last: int, rows: int, context: int, greedy: bool = False) -> Floats:
+        """step_ms for first..last tokens -> [last - first + 1]."""
+        return self._curve(greedy).times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
+
+    def _curve(self, greedy: bool) -> _Curve:
+        return self._greedy_steps if greedy else self._steps
+
+    def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
+        """A draft pass for this many rows; 0 where drafting costs nothing."""
+        if self._drafts is None or not rows:
+            return 0.0
+        return self._drafts.time(rows, 1, context, (int(greedy), _octave(context // rows))) * self.slowdown
+
+    def draft_curve(self, rows: int, context: int, greedy: bool = False) -> Floats:
+        """draft_ms for 0..rows rows whose mean context is that of all -> [rows + 1]."""
+        curve: Floats = np.zeros(rows + 1)
+        if self._drafts is not None and rows:
+            mean = context / rows
+            contexts: Floats = mean * np.arange(1.0, rows + 1)
+            curve[1:] = self._drafts.times(1, rows, 1, contexts, (int(greedy), _octave(int(mean))))
+        return curve * self.slowdown
+
+    def observe_step(self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False) -> None:
+        """A step took `ms`, drafting not included."""
+        if _sane(tokens, rows, ms):
+            key, curve = _step_key(rows, context), self._curve(greedy)
+            ratio = math.log(ms / curve.time(tokens, rows, context, key))
+            self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
+            # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
+            # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.
+            curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
+            self._recent.append(ratio)
+            self._slowdown = statistics.median(self._recent)
+
+    def observe_draft(self, rows: int, context: int, ms: float, greedy: bool = False) -> None:
+        """A draft pass took `ms`."""
+        if self._drafts is not None and _sane(rows, rows, ms):
+            key = (int(greedy), _octave(context // rows))
+            ratio = math.log(ms / self._drafts.time(rows, 1, context, key))
+            # Steps alone say how slow the machine is: there is one of them whether drafts are made or not.
+            self._drafts.correct(rows, key, ratio - self._slowdown, _DRAFT_GAIN)
+
+
+def _step_key(rows: int, context: int) -> tuple[int, int]:
+    return _octave(rows), _octave(context // max(rows, 1))
+
+
+def _sane(count: int, rows: int, ms: float) -> bool:
+    """False for a clock that was set back, and for a step that did nothing."""
+    return math.isfinite(ms) and ms > 0 and count > 0 and rows > 0
+
+
+def _quickest(points: Sequence[Point]) -> list[Point]:
+    """Of points measured more than once the quickest: whatever disturbs a measurement makes it longer."""
+    least: dict[tuple[int, int, int], Point] = {}
+    for p in sorted((p for p in points if p.usable), key=lambda p: p.ms):
+        least.setdefault((p.count, p.rows, p.context), p)
+    return list(least.values())
+
+
+def _shortest(points: Sequence[Point]) -> list[Point]:
+    """Of points that differ in context only the one with the shortest."""
+    least: dict[tuple[int, int], Point] = {}
+    for p in sorted(points, key=lambda p: p.context):
+        least.setdefault((p.count, p.rows), p)
+    return list(least.values())
+
+
+def _slope(points: Sequence[Point], of: str, key_ms: float = 0.0) -> float:
+    """Time per row, or per key: the median over pairs of points that differ in it and are equal in count.
+
+    Where keys are asked for, rows must be equal too; where rows are asked for, `key_ms` is taken out first.
+    """
+    slopes = []
+    for i, a in enumerate(points):
+        for b in points[:i]:
+            distance = getattr(a, of) - getattr(b, of)
+            if a.count == b.count and distance and (of == "rows" or a.rows == b.rows):
+                keys = key_ms * (a.context - b.context)
+                slopes.append((a.ms - b.ms - (keys if of == "rows" else 0.0)) / distance)
+    return max(0.0, statistics.median(slopes)) if slopes else 0.0
+
+
+def _octave(value: int) -> int:
+    return max(value, 0).bit_length()
+
+
+def _bucket(count: int) -> int:
+    return count if count <= _EXACT else _EXACT + math.ceil(_BUCKETS_PER_OCTAVE * math.log2(count / _EXACT))

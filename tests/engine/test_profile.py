@@ -1,0 +1,171 @@
+"""Profiles: measured through the real parts on scratch pages, once; and the budget that they are made for, at work."""
+
+import logging
+
+import pytest
+
+from dspark_serve.config import load_config
+from dspark_serve.engine import profile
+from dspark_serve.engine.build import build_engine
+from dspark_serve.engine.profile import Rig, Shape, shapes, sweep
+from dspark_serve.llm import LLM, SamplingParams
+from dspark_serve.speculation.policies import AutoBudget, KeepAll
+from dspark_serve.types import SpeculationParams
+from tests.drafters.golden import GOLDENS, golden_runs
+from tests.toy import make_engine, make_request, run, toy_model
+
+TARGET = str(GOLDENS / "target")
+PROMPTS = [{"prompt_token_ids": run["input_ids"]} for run in golden_runs("dflash")[::2]]
+OPTIONS = {"model": TARGET, "head": str(GOLDENS / "dspark_vanilla"), "kv_cache_gib": 0.01, "max_num_seqs": 8}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    return tmp_path / "profiles"
+
+
+def rig(**options):
+    engine = make_engine(toy_model(), **options)
+    return Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner), engine
+
+
+class Ticks:
+    """A clock that goes on by so many seconds with every look at it."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+def test_a_sweep_measures_steps_and_drafts_and_leaves_nothing_behind():
+    engine = build_engine(load_config({**OPTIONS, "budget": "full", "kv_cache_gib": 0.03}))
+    parts = Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner)
+    free = engine.scheduler.pool.num_available
+    found = sweep(parts, "dspark", 1.0, Ticks(1e-6))
+    assert engine.scheduler.pool.num_available == free
+    engine.check_integrity()
+    assert {p.rows for p in found.drafts} == {1, 2, 4, 8}
+    assert {(1, 1), (8, 1), (8, 8), (32, 4)} <= {(p.count, p.rows) for p in found.steps}
+    assert all(p.usable for p in (*found.steps, *found.drafts))
+    assert sweep(parts, None, 0.1).drafts == ()
+
+
+def test_an_engine_serves_as_before_after_a_sweep():
+    parts, engine = rig()
+    wanted = run(make_engine(toy_model()), [make_request("a", range(5, 25), max_tokens=12)])
+    sweep(parts, None, 0.1)
+    assert run(engine, [make_request("a", range(5, 25), max_tokens=12)]) == wanted
+
+
+def test_a_sweep_keeps_to_its_time():
+    parts, _ = rig(seqs=64, tokens=512, pages=2000)
+    everything, slow = len(shapes(parts)), Ticks(0.5)
+    found = sweep(parts, None, 20.0, slow)
+    assert 2 <= len(found.steps) < everything  # a slow machine measures less, the small steps first
+    assert slow.now < 20 + 3
+    assert min(p.count for p in found.steps) == 1
+    quick = sweep(parts, None, 20.0, Ticks(1e-6))
+    assert len(quick.steps) == everything
+
+
+def test_shapes_fit_where_they_are_measured():
+    for options in ({"pages": 8, "seqs": 1}, {"pages": 4, "length": 24}, {"tokens": 16}, {"pages": 2}):
+        parts, engine = rig(**options)
+        for shape in shapes(parts):
+            assert shape.rows <= engine.scheduler.max_num_seqs
+            assert shape.tokens <= engine.scheduler.max_num_batched_tokens
+        found = sweep(parts, None, 0.05)
+        assert found.steps
+    assert Shape(4, 2, 128).tokens == 12
+    assert Shape(4, 2, 128).keys == 4 * 129
+
+
+def test_a_profile_is_measured_once_for_what_it_holds_for(own_cache, monkeypatch):
+    assert isinstance(build_engine(load_config(OPTIONS)).budget, AutoBudget)
+    assert len(list(own_cache.iterdir())) == 1
+    monkeypatch.setattr(profile, "sweep", lambda *args: pytest.fail("it was measured already"))
+    engine = build_engine(load_config(OPTIONS))
+    assert isinstance(engine.budget, AutoBudget)
+    with pytest.raises(pytest.fail.Exception):
+        build_engine(load_config({**OPTIONS, "head": str(GOLDENS / "eagle3")}))
+
+
+def test_a_damaged_profile_is_measured_again_with_one_warning(own_cache, caplog):
+    build_engine(load_config(OPTIONS))
+    [path] = own_cache.iterdir()
+    good = path.read_text()
+    path.write_text(good[:50])
+    with caplog.at_level(logging.WARNING):
+        build_engine(load_config(OPTIONS))
+    assert [record.message for record in caplog.records if "profile" in record.message] != []
+    assert len(path.read_text()) > 50
+
+
+def test_without_a_drafter_there_is_nothing_to_measure(own_cache):
+    assert isinstance(
+        build_engine(load_config({"model": TARGET, "method": "none", "kv_cache_gib": 0.01})).budget, KeepAll
+    )
+    assert not own_cache.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "portfolio"}, {"head": None, "method": "ngram"}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_auto_changes_no_text(options, temperature):
+    """Through the composition root, on the profile of this machine and on one where drafting is free."""
+    params = SamplingParams(temperature=temperature, max_tokens=24, ignore_eos=True, seed=3)
+    llm = LLM(**{**OPTIONS, **options, "budget": "auto"})
+    off = SpeculationParams(enabled=False)
+
+    def texts(**more):
+        return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False, **more)]
+
+    plain = texts(speculation=off)
+    assert texts() == plain
+    budget = llm._engine.budget
+    budget.cost._drafts = None  # from here on it drafts
+    assert texts() == plain
+    assert texts() == plain
+
+
+def test_auto_respects_the_requests_limit():
+    llm = LLM(**OPTIONS, per_request_spec_decode_metrics="detailed")
+    llm._engine.budget.cost._drafts = None
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    [output] = llm.generate(PROMPTS[:1], params, use_tqdm=False, speculation=SpeculationParams(max_draft_tokens=2))
+    drafted = output.outputs[0].metrics.speculative_decoding
+    assert set(drafted.per_step_drafted) <= {1, 2}
+    assert drafted.num_draft_tokens > 0
+
+
+def test_rejection_runs_with_auto_and_refuses_an_objective_per_user():
+    llm = LLM(**OPTIONS, verify_mode="rejection")
+    llm.generate(PROMPTS, SamplingParams(temperature=1.0, max_tokens=8), use_tqdm=False)
+    with pytest.raises(ValueError, match="coupled"):
+        build_engine(load_config({**OPTIONS, "verify_mode": "rejection", "objective": "per-user:5"}))
+    assert build_engine(load_config({**OPTIONS, "objective": "per-user:5"})).info.objective == "per-user:5"
+
+
+def test_a_finished_request_is_forgotten_and_forgets_nothing_else():
+    engine = build_engine(load_config(OPTIONS))
+    engine.budget.cost._drafts = None  # so that it drafts
+    for name in ("a", "b"):
+        engine.add(make_request(name, PROMPTS[0]["prompt_token_ids"], max_tokens=12 if name == "a" else 40))
+    while "a" in engine.scheduler._by_id:
+        engine.step()
+    assert set(engine.budget.calibrator._own) == {"b"}
+    engine.cancel("b")
+    assert not engine.budget.calibrator._own
+
+
+def test_steps_report_what_the_budget_expected():
+    engine = build_engine(load_config(OPTIONS))
+    engine.add(make_request("a", PROMPTS[0]["prompt_token_ids"], max_tokens=8, temperature=0.0))
+    reports = []
+    while engine.has_work:
+        reports.append(engine.step().budget)
+    assert all(report.predicted_step_ms > 0 for report in reports)
+    assert any(report.skipped for report in reports) or any(report.predicted_draft_ms > 0 for report in reports)
