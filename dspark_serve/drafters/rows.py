@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark_kernels import noise
-from dspark_serve.sampling import argmax, draw, draw_target, target_probs, target_support
+from dspark_serve.sampling import Support, argmax, draw, draw_target, target_probs, target_support
 from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode, signed_seed
 
@@ -92,16 +92,17 @@ class Drawer:
         if sampling.all_greedy:
             token = argmax(logits)
             return (token if self.draft_vocab is None else self.draft_vocab[token]), None
-        if self.draft_vocab is not None:
-            whole = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
-            logits = whole.index_copy_(1, self.draft_vocab, logits)
         sampling = replace(sampling, position=sampling.position + slot)
-        if self.mode == "coupled":
+        if self.mode == "coupled" and self.draft_vocab is None:
             return draw_target(logits, sampling), None
         support = target_support(logits, sampling)
+        if self.draft_vocab is not None:  # from here on under the target's ids, which the noise is addressed by
+            support = Support(self.draft_vocab[support.ids], support.log_weights)
+        if self.mode == "coupled":
+            return draw(support, sampling.seed, sampling.position), None
         token = draw(support, sampling.seed, sampling.position, noise.DRAFT)
-        probs = torch.zeros_like(logits).scatter_add_(1, support.ids, target_probs(support))
-        return token, probs
+        probs = logits.new_zeros(logits.shape[0], self.vocab_size)
+        return token, probs.scatter_add_(1, support.ids, target_probs(support))
 
 
 @dataclass

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -167,7 +169,7 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     wanted, began = shapes(rig), clock()
     if not wanted:
         raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
-    times: dict[Shape, list[tuple[float, float, float]]] = {}
+    times: dict[Shape, list[_Times]] = {}
     took: dict[Shape, float] = {}  # seconds, setting up included
     with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
         for turn in range(_PASSES + 1):
@@ -181,50 +183,60 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
                 took[shape] = clock() - began - spent
                 bar.update(min(spent + took[shape], seconds) - bar.n)
     # The least of each: whatever disturbs a measurement makes it longer.
-    least = {shape: tuple(min(part) for part in zip(*found, strict=True)) for shape, found in times.items()}
-    return Profile(
-        steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, step, _) in least.items()),
-        drafts=tuple(Point(s.rows, s.rows, s.keys, draft) for s, (draft, _, _) in least.items() if draft > 0),
-        greedy_steps=tuple(Point(s.tokens, s.rows, s.keys, step) for s, (_, _, step) in least.items()),
-    )
+    least = {shape: _Times(*(min(part) for part in zip(*found, strict=True))) for shape, found in times.items()}
+
+    def steps(which: str) -> tuple[Point, ...]:
+        return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in least.items())
+
+    def drafts(which: str) -> tuple[Point, ...]:
+        return tuple(Point(s.rows, s.rows, s.keys, ms) for s, t in least.items() if (ms := getattr(t, which)) > 0)
+
+    return Profile(steps("step"), drafts("draft"), steps("greedy_step"), drafts("greedy_draft"))
+
+
+class _Times(NamedTuple):
+    """Milliseconds of one shape, drawing tokens and taking the likeliest; drafts 0 where they cost nothing."""
+
+    draft: float
+    greedy_draft: float
+    step: float
+    greedy_step: float
 
 
 @torch.inference_mode()
-def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """Milliseconds to draft, 0 where it costs nothing; of the rest of the step, drawing tokens; and of it, greedy."""
+def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], float]) -> _Times:
     rows = _rows(rig, shape)
+    drafts_cost = bool(costly) and shape.chunk == 1
     try:
-        _wait(rig)
-        began = clock()
-        proposal = rig.drafter.propose(rows) if costly and shape.chunk == 1 else None
-        _wait(rig)
-        drafted = clock()
-        draft_ms = 0.0 if proposal is None else (drafted - began) * 1e3
+        marks = [_now(rig, clock)]
+        proposal = None
+        for temperature in (0.0, 1.0):
+            for row in rows:
+                row.request.params = replace(row.request.params, temperature=temperature)
+            proposal = rig.drafter.propose(rows) if drafts_cost else None
+            marks.append(_now(rig, clock))
         if proposal is None or min(proposal.n_draft) < shape.drafts:  # a lookup finds nothing in made-up text
             proposal = Proposal.from_lists([[1] * shape.drafts] * shape.rows, rig.batcher.device)
         limited = [replace(row, max_drafts=shape.drafts) for row in rows]
         kept = proposal.trim([shape.drafts] * shape.rows) if shape.drafts else Proposal.empty(0)
         batch = rig.batcher.build(Plan(tuple(limited)), kept)
         out = rig.runner.run(batch)
-        _wait(rig)
-        judged = [clock()]
+        marks.append(_now(rig, clock))
         sampling = batch.sampling
         greedy = replace(sampling, all_greedy=True, temperature=torch.zeros_like(sampling.temperature))
         for each in (replace(batch, sampling=greedy), batch):
             verdict = verify(out.logits, each, rig.info.verify_mode)
             verdict.to_host()
-            _wait(rig)
-            judged.append(clock())
+            marks.append(_now(rig, clock))
         rig.drafter.observe(batch, out.taps, verdict)
-        _wait(rig)
-        ended = clock()
+        marks.append(_now(rig, clock))
     finally:
         for row in rows:
             rig.scheduler.pool.release(row.request.pages)
             rig.drafter.release(row.request.request_id)
-    begin, middle, end = judged
-    both_ms = (ended - drafted) * 1e3
-    return draft_ms, both_ms - (middle - begin) * 1e3, both_ms - (end - middle) * 1e3
+    greedy_draft, draft, forward, greedy_judged, judged, observed = ((b - a) * 1e3 for a, b in pairwise(marks))
+    rest = forward + observed
+    return _Times(draft * drafts_cost, greedy_draft * drafts_cost, rest + judged, rest + greedy_judged)
 
 
 def _rows(rig: Rig, shape: Shape) -> list[Row]:
@@ -243,6 +255,8 @@ def _rows(rig: Rig, shape: Shape) -> list[Row]:
     return rows
 
 
-def _wait(rig: Rig) -> None:
+def _now(rig: Rig, clock: Callable[[], float]) -> float:
+    """When everything asked for so far is done."""
     if rig.batcher.device.type == "cuda":
         torch.cuda.synchronize(rig.batcher.device)
+    return clock()

@@ -26,9 +26,9 @@ _WINDOW = 15  # measurements whose median is the machine's present slowdown
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
-_FORMAT = 2
+_FORMAT = 3
 
-_CURVES = ("steps", "drafts", "greedy_steps")
+_CURVES = ("steps", "drafts", "greedy_steps", "greedy_drafts")
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,14 @@ class Point:
 class Profile:
     """A machine's measured curves: steps by tokens, drafts by rows (none where drafting costs nothing).
 
-    Drawing a token can take much longer than taking the likeliest, so steps whose rows are all greedy have a curve of
-    their own; without one, the other serves.
+    Drawing a token can take much longer than taking the likeliest, so steps and drafts whose rows are all greedy have
+    curves of their own; without them, the others serve.
     """
 
     steps: tuple[Point, ...]
     drafts: tuple[Point, ...] = ()
     greedy_steps: tuple[Point, ...] = ()
+    greedy_drafts: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(point.usable for point in self.steps):
@@ -118,7 +119,7 @@ class _Curve:
             slope = max((times[-1] - times[middle]) / span, times[-1] / counts[-1] / 2)
             self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
         self._bucket = np.array([_bucket(count) for count in range(last + 1)])
-        # Keys are pairs: the octave of rows, or for drafts whether all are greedy; and the octave of the mean context.
+        # Keys are pairs: the octave of rows (0 for drafts), and the octave of the mean context.
         self._by_count: dict[int, Floats] = {}  # first of the pair -> correction per bucket of counts
         self._by_context: dict[tuple[int, int], float] = {}
 
@@ -158,9 +159,11 @@ class CostModel:
     """
 
     def __init__(self, profile: Profile, max_tokens: int, max_rows: int) -> None:
-        self._steps = _Curve(profile.steps, max_tokens)
-        self._greedy_steps = _Curve(profile.greedy_steps or profile.steps, max_tokens)
-        self._drafts = _Curve(profile.drafts, max_rows) if any(p.usable for p in profile.drafts) else None
+        greedy = (profile.greedy_steps or profile.steps, profile.greedy_drafts or profile.drafts)
+        self._steps = tuple(_Curve(points, max_tokens) for points in (profile.steps, greedy[0]))  # [drawing, greedy]
+        self._drafts: tuple[_Curve, ...] = ()  # likewise, where drafts cost anything
+        if any(p.usable for p in profile.drafts):
+            self._drafts = tuple(_Curve(points, max_rows) for points in (profile.drafts, greedy[1]))
         self._recent: deque[float] = deque(maxlen=_WINDOW)  # logarithm of measured over uncorrected time
         self._slowdown = 0.0
         self._noise = 0.1
@@ -177,34 +180,30 @@ class CostModel:
 
     def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float:
         """A step with this many tokens (drafts and prompt chunks included) in this many rows; context: all keys."""
-        return self._curve(greedy).time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
+        return self._steps[greedy].time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
 
     def step_curve(self, first: int, last: int, rows: int, context: int, greedy: bool = False) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1]."""
-        return self._curve(greedy).times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
-
-    def _curve(self, greedy: bool) -> _Curve:
-        return self._greedy_steps if greedy else self._steps
+        return self._steps[greedy].times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
-        if self._drafts is None or not rows:
+        if not self._drafts or not rows:
             return 0.0
-        return self._drafts.time(rows, 1, context, (int(greedy), _octave(context // rows))) * self.slowdown
+        return self._drafts[greedy].time(rows, 1, context, _draft_key(rows, context)) * self.slowdown
 
     def draft_curve(self, rows: int, context: int, greedy: bool = False) -> Floats:
         """draft_ms for 0..rows rows whose mean context is that of all -> [rows + 1]."""
         curve: Floats = np.zeros(rows + 1)
-        if self._drafts is not None and rows:
-            mean = context / rows
-            contexts: Floats = mean * np.arange(1.0, rows + 1)
-            curve[1:] = self._drafts.times(1, rows, 1, contexts, (int(greedy), _octave(int(mean))))
+        if self._drafts and rows:
+            contexts: Floats = context / rows * np.arange(1.0, rows + 1)
+            curve[1:] = self._drafts[greedy].times(1, rows, 1, contexts, _draft_key(rows, context))
         return curve * self.slowdown
 
     def observe_step(self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A step took `ms`, drafting not included."""
         if _sane(tokens, rows, ms):
-            key, curve = _step_key(rows, context), self._curve(greedy)
+            key, curve = _step_key(rows, context), self._steps[greedy]
             ratio = math.log(ms / curve.time(tokens, rows, context, key))
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
@@ -215,15 +214,19 @@ class CostModel:
 
     def observe_draft(self, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A draft pass took `ms`."""
-        if self._drafts is not None and _sane(rows, rows, ms):
-            key = (int(greedy), _octave(context // rows))
-            ratio = math.log(ms / self._drafts.time(rows, 1, context, key))
+        if self._drafts and _sane(rows, rows, ms):
+            key, curve = _draft_key(rows, context), self._drafts[greedy]
+            ratio = math.log(ms / curve.time(rows, 1, context, key))
             # Steps alone say how slow the machine is: there is one of them whether drafts are made or not.
-            self._drafts.correct(rows, key, ratio - self._slowdown, _DRAFT_GAIN)
+            curve.correct(rows, key, ratio - self._slowdown, _DRAFT_GAIN)
 
 
 def _step_key(rows: int, context: int) -> tuple[int, int]:
     return _octave(rows), _octave(context // max(rows, 1))
+
+
+def _draft_key(rows: int, context: int) -> tuple[int, int]:
+    return 0, _octave(context // rows)
 
 
 def _sane(count: int, rows: int, ms: float) -> bool:
