@@ -84,7 +84,7 @@ def test_plain_linears_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_packs", lambda dtype, device: False)
     theirs = reference("Qwen2", {})
     plain = DenseModel.from_weights(theirs.config, theirs.state_dict(), kernels="torch")
-    assert plain.info.backend == "torch float32"
+    assert plain.info.backend == "torch float32, weights in float32"
     verdict = row_variance(plain, 16)
     assert verdict is None or "differ" in verdict
 
