@@ -56,7 +56,7 @@ class Steps:
         start = time.perf_counter()
         self._model(ids[:, context:], past_key_values=self._cache)
         seconds = time.perf_counter() - start
-        self._cache.crop(context)
+        self._cache.crop(-rows)
         return seconds
 
 
