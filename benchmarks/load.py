@@ -56,9 +56,9 @@ class Served:
 
 
 class Arms:
-    def __init__(self, kv_cache_gib: float, fixed: list[int]) -> None:
-        self.plain = self._engine(kv_cache_gib, {"method": "none"})
-        self.drafting = self._engine(kv_cache_gib, {})
+    def __init__(self, kv_cache_gib: float, fixed: list[int], dtype: str = "auto") -> None:
+        self.plain = self._engine(kv_cache_gib, dtype, {"method": "none"})
+        self.drafting = self._engine(kv_cache_gib, dtype, {})
         auto = self.drafting.budget
         self.budgets: dict[str, Budget] = {f"fixed {k}": FixedBudget(k) for k in fixed}
         self.budgets |= {"full": KeepAll(), AUTO: auto}
@@ -68,8 +68,9 @@ class Arms:
         self._count = 0
 
     @staticmethod
-    def _engine(kv_cache_gib: float, speculation: dict[str, Any]) -> Engine:
-        options = {"model": {"model": MODEL}, "cache": {"kv_cache_gib": kv_cache_gib}, "speculation": speculation}
+    def _engine(kv_cache_gib: float, dtype: str, speculation: dict[str, Any]) -> Engine:
+        model = {"model": MODEL, "dtype": dtype}
+        options = {"model": model, "cache": {"kv_cache_gib": kv_cache_gib}, "speculation": speculation}
         return build_engine(Config.model_validate(options))
 
     def serve(self, arm: str, items: list[Item], arrivals_s: list[float], most: int) -> Served:
@@ -213,11 +214,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--new-tokens", type=int, default=None)
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
+    parser.add_argument("--dtype", default="auto", help="float32 widens the weights; auto serves them as stored")
     parser.add_argument("--kv-cache-gib", type=float, default=0.6)
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    arms = Arms(options.kv_cache_gib, [3] if options.quick else [1, 3, 5])
+    arms = Arms(options.kv_cache_gib, [3] if options.quick else [1, 3, 5], options.dtype)
     supply = workloads(arms, options.prompts, options.new_tokens or (24 if options.quick else 96))
     names = options.workloads or ([*supply][-2:] if options.quick else [*supply])
     loads = options.concurrency or ([1, 8, 32] if options.quick else [1, 2, 4, 8, 16, 32, 64])
