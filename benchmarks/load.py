@@ -1,7 +1,8 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
 Two engines share the run, one without a drafter and one whose budget is exchanged between arms. Every arm serves the
-same requests, so texts are compared as well. Prompts: a directory of JSON lines with "turns", else the sample here.
+same requests, so texts are compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy
+with --greedy. Prompts: a directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Arms:
             served.misses.append(abs(predicted_ms / sum(report.phase_ms.values()) - 1))
 
 
-def workloads(arms: Arms, prompts: Path | None, new_tokens: int) -> dict[str, list[Item]]:
+def workloads(arms: Arms, prompts: Path | None, new_tokens: int, greedy: bool) -> dict[str, list[Item]]:
     """Requests by workload, an endless supply of each being made by going round."""
     found: dict[str, list[str]] = {}
     if prompts is None:
@@ -119,8 +120,9 @@ def workloads(arms: Arms, prompts: Path | None, new_tokens: int) -> dict[str, li
     else:
         found = {name: _turns(prompts / f"{name}.jsonl") for name in SETS}
         found["mix"] = [text for texts in zip(*found.values(), strict=False) for text in texts]
+    hot = 0.0 if greedy else 1.0
     items = {
-        name: [_item(arms, text, (0.0, 1.0)[number % 2], new_tokens, number) for number, text in enumerate(texts)]
+        name: [_item(arms, text, (0.0, hot)[number % 2], new_tokens, number) for number, text in enumerate(texts)]
         for name, texts in found.items()
     }
     words = sorted({word for texts in found.values() for text in texts for word in text.split()})
@@ -214,13 +216,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--new-tokens", type=int, default=None)
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
+    parser.add_argument("--greedy", action="store_true", help="no request at T=1")
     parser.add_argument("--dtype", default="auto", help="float32 widens the weights; auto serves them as stored")
     parser.add_argument("--kv-cache-gib", type=float, default=0.6)
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     arms = Arms(options.kv_cache_gib, [3] if options.quick else [1, 3, 5], options.dtype)
-    supply = workloads(arms, options.prompts, options.new_tokens or (24 if options.quick else 96))
+    supply = workloads(arms, options.prompts, options.new_tokens or (24 if options.quick else 96), options.greedy)
     names = options.workloads or ([*supply][-2:] if options.quick else [*supply])
     loads = options.concurrency or ([1, 8, 32] if options.quick else [1, 2, 4, 8, 16, 32, 64])
     result: dict[str, Any] = {}

@@ -70,6 +70,17 @@ class Threshold(KeepAll):
         return self.rounds[name][-1]["verify_len"]
 
 
+class Recorder:
+    """A Drawer that keeps the logits it was given."""
+
+    def __init__(self, drawer):
+        self.drawer, self.logits = drawer, []
+
+    def draw(self, logits, sampling, slot):
+        self.logits.append(logits.clone())
+        return self.drawer.draw(logits, sampling, slot)
+
+
 def replay(head, goldens):
     """Run golden runs as one batch; returns (tokens, rounds as recorded) of each."""
     names = [f"r{index}" for index in range(len(goldens))]

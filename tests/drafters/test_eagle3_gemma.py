@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dspark_serve.drafters.heads import plan_head
 from dspark_serve.drafters.rows import Drawer
 from dspark_serve.models.loader import iterate_weights
-from tests.drafters.golden import GOLDENS, golden_target
+from tests.drafters.golden import GOLDENS, Recorder, golden_target
 from tests.models.helpers import run_one
 from tests.toy import make_engine, make_request, run
 
@@ -101,17 +101,6 @@ class Slow:
             logits.append(2.0 * torch.tanh(raw / 2.0))
             entries.append((hidden, int(logits[-1].argmax())))
         return torch.stack(logits)
-
-
-class Recorder:
-    """A Drawer that keeps the logits it was given."""
-
-    def __init__(self, drawer):
-        self.drawer, self.logits = drawer, []
-
-    def draw(self, logits, sampling, slot):
-        self.logits.append(logits.clone())
-        return self.drawer.draw(logits, sampling, slot)
 
 
 def test_chains_are_those_of_the_formulas(head_dir):

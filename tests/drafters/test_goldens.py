@@ -9,6 +9,7 @@ from dspark_kernels import native
 from dspark_serve.drafters.rows import Drawer
 from tests.drafters.golden import (
     HEADS,
+    Recorder,
     golden_plan,
     golden_runs,
     golden_target,
@@ -58,17 +59,6 @@ def test_every_round_of_every_run(head):
             elif want["terminated_by_stop_token"]:
                 stop = next(i for i, token in enumerate(tokens) if token in golden["stop_token_ids"])
                 assert len(golden["input_ids"]) + stop - got["start"] in (want["accepted"], want["accepted"] + 1)
-
-
-class Recorder:
-    """A Drawer that keeps the logits it was given."""
-
-    def __init__(self, drawer):
-        self.drawer, self.logits = drawer, []
-
-    def draw(self, logits, sampling, slot):
-        self.logits.append(logits.clone())
-        return self.drawer.draw(logits, sampling, slot)
 
 
 @pytest.mark.usefixtures("arithmetic")
