@@ -1,8 +1,8 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
 Two engines share the run, one without a drafter and one whose budget is exchanged between arms. Every arm serves the
-same requests, so texts are compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy
-with --greedy. Prompts: a directory of JSON lines with "turns", else the sample here.
+same requests, so texts are compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all
+greedy with --greedy. Prompts: a directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
