@@ -24,6 +24,7 @@ from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import Rig, machine_profile
+from dspark_serve.engine.remembered import file_states, machine, passed, remember
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.engine.self_test import run_self_test
@@ -71,8 +72,24 @@ def build_engine(config: Config) -> Engine:
     if plan.num_bytes and config.speculation.head_self_test:
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
     num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
-    invariant = row_variance(model, config.cache.page_size) is None
+    invariant = _row_invariant(model, resolved.path, config.cache.page_size)
     return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings)
+
+
+def _row_invariant(model: TargetModel, path: Path, page_size: int) -> bool:
+    """Whether a token's bits are the same however it is batched: seen now, or seen before with these very files."""
+    key = {**_check_key(model, path), "page_size": page_size}
+    if not passed("rows", key):
+        if row_variance(model, page_size) is not None:
+            return False
+        remember("rows", key)
+    return True
+
+
+def _check_key(model: TargetModel, path: Path) -> dict[str, object]:
+    info = model.info
+    files = {"path": str(path), "files": file_states(path)}
+    return {**files, "dtype": str(info.dtype), "backend": info.backend, **machine(model.device)}
 
 
 def _assemble(
@@ -109,16 +126,26 @@ def _assemble(
 def _tested(
     config: Config, path: str, model: TargetModel, plan: DrafterPlan, max_model_len: int
 ) -> tuple[DrafterPlan, tuple[str, ...]]:
-    """The plan to serve with, and what to warn of, after a self-test on a small pool of its own."""
+    """The plan to serve with, and what to warn of, after a self-test on a small pool of its own.
+
+    A head that passed is not tested again while its files and the model's stay as they are.
+    """
     assert config.speculation.head is not None
+    head_dir = head_directory(config.speculation.head)
+    key = {**_check_key(model, Path(path)), "head": str(head_dir), "head_files": file_states(head_dir)}
+    key |= config.speculation.model_dump(include={"method", "num_speculative_tokens", "verify_mode"})
+    if passed("head", key):
+        return plan, ()
     num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)
     # Nobody asks this engine whether its arithmetic is row-invariant, and finding out takes a while.
     engine = _assemble(_verify_all(config), path, model, plan, max_model_len, num_pages, row_invariant=False)
-    result = run_self_test(engine, head_directory(config.speculation.head))
+    result = run_self_test(engine, head_dir)
     insisted = config.speculation.budget.startswith("fixed:")
     warnings = result.warnings(config.speculation.head, insisted)
     for sentence in warnings:
         logger.warning(sentence)
+    if not warnings:
+        remember("head", key)
     return (DRAFTERS["none"](config.speculation, model) if result.worthless and not insisted else plan), warnings
 
 

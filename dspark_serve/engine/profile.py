@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import platform
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from dspark_serve.drafters.base import Drafter, DrafterPlan
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.remembered import digest, keep_newest, machine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.catalog import cache_dir
@@ -72,13 +71,12 @@ def machine_profile(
 ) -> Profile:
     """The profile in the cache, or a new one, which takes about `seconds` and is kept there."""
     key = profile_key(rig, plan, head_dir)
-    digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
-    path = cache_dir() / "profiles" / f"{digest}.json"
+    path = cache_dir() / "profiles" / f"{digest(key)}.json"
     profile = None if again else load_profile(path, key)
     if profile is None:
         profile = sweep(rig, plan.costly, seconds)
         save_profile(path, key, profile)
-        _prune(path.parent)
+        keep_newest(path.parent, _KEPT_FILES)
     else:
         with contextlib.suppress(OSError):  # a cache that is read only
             path.touch()  # the newest are kept
@@ -89,50 +87,26 @@ def profile_key(rig: Rig, plan: DrafterPlan, head_dir: Path | None) -> dict[str,
     """What a profile holds for: times measured under another key say nothing."""
     model, info = rig.runner.model, rig.info
     rows = model.embed(torch.arange(0, info.vocab_size, _STRIDE, device=model.device))
-    digest = hashlib.sha256(rows.float().cpu().numpy().tobytes())
-    try:
-        ours = version("dspark-serve")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        ours = "unknown"
+    weights = hashlib.sha256(rows.float().cpu().numpy().tobytes())
     return {
-        "model": f"{info.architecture}-{digest.hexdigest()[:16]}",
+        "model": f"{info.architecture}-{weights.hexdigest()[:16]}",
         "head": "" if head_dir is None else _head_fingerprint(head_dir),
         "drafter": plan.name,
         "width": rig.drafter.width,
         "rows": rig.scheduler.max_num_seqs,
         "verify_mode": info.verify_mode,
-        "device": _device_name(model.device),
         "dtype": info.dtype,
         "backend": info.backend,
-        "threads": torch.get_num_threads(),
-        "version": f"{ours}, torch {torch.__version__}",
+        **machine(model.device),
     }
 
 
 def _head_fingerprint(head_dir: Path) -> str:
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path in sorted(head_dir.glob("*.json")) + sorted(head_dir.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-    digest.update((head_dir / "config.json").read_bytes() if (head_dir / "config.json").exists() else b"")
-    return digest.hexdigest()[:16]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _prune(directory: Path) -> None:
-    """Keep the profiles that were used last."""
-    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for path in files[:-_KEPT_FILES]:
-        path.unlink(missing_ok=True)
+        found.update(f"{path.name} {path.stat().st_size} ".encode())
+    found.update((head_dir / "config.json").read_bytes() if (head_dir / "config.json").exists() else b"")
+    return found.hexdigest()[:16]
 
 
 def shapes(rig: Rig) -> list[Shape]:
