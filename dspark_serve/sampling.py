@@ -111,8 +111,11 @@ def draw(support: Support, seed: Tensor, position: Tensor, stream: int = noise.G
     ids, log_weights = support.ids, support.log_weights
     if ids.shape[1] == 1:
         return ids[:, 0]
+    ones = torch.ones_like(log_weights[:, 0])
     if support.dense:
-        return draw_logits(log_weights, torch.ones_like(log_weights[:, 0]), seed, position, stream)
+        return draw_logits(log_weights, ones, seed, position, stream)
+    if (kernels := _kernels(log_weights)) is not None:
+        return kernels.draw(log_weights, ones, seed, position, stream, GREEDY_TEMPERATURE, ids)
     scores = log_weights + noise.gumbel(seed.unsqueeze(1), position.unsqueeze(1), ids, stream)
     best = scores.amax(-1, keepdim=True)
     # Where nothing equals the best (NaN), all columns tie, which keeps the id valid.
@@ -121,14 +124,34 @@ def draw(support: Support, seed: Tensor, position: Tensor, stream: int = noise.G
 
 
 def draw_logits(
-    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int = noise.GUMBEL
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: int = noise.GUMBEL,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """argmax over the vocabulary of logits / temperature + noise -> [samples] int64; greedy samples take the argmax.
 
-    logits: [samples, vocab] float32; the rest [samples]. Noise is drawn only where it can matter: it never exceeds
-    GUMBEL_MAX, so with the best token's score in hand, any token that needs more than that to win is out; nor are
-    logarithms taken of noise too small to win. The result is the argmax over the whole vocabulary, bit for bit, the
-    lowest id on ties.
+    logits: [samples, vocab] float32, of the tokens `ids` [vocab], ascending, where they are not simply 0..vocab-1;
+    the rest [samples]. The lowest id wins ties. C++ and torch give the same bits.
+    """
+    if (kernels := _kernels(logits)) is not None:
+        return kernels.draw(logits, temperature, seed, position, stream, GREEDY_TEMPERATURE, ids)
+    if ids is None:
+        return _draw_pruned(logits, temperature, seed, position, stream)
+    scaled = logits / _divisor(temperature).unsqueeze(1)
+    greedy = (temperature <= GREEDY_TEMPERATURE).unsqueeze(1)
+    others = torch.arange(logits.shape[1], device=logits.device) != argmax(logits).unsqueeze(1)
+    return draw(
+        Support(ids.expand_as(scaled), scaled.masked_fill_(greedy & others, -torch.inf)), seed, position, stream
+    )
+
+
+def _draw_pruned(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
+    """draw_logits in torch. Noise is drawn only where it can matter: it never exceeds GUMBEL_MAX, so with the best
+    token's score in hand, any token that needs more than that to win is out; nor are logarithms taken of noise too
+    small to win. The result is the argmax over the whole vocabulary all the same.
     """
     temperature, greedy = _divisor(temperature), temperature <= GREEDY_TEMPERATURE
     blocks, maxima = _block_maxima(logits)
@@ -188,9 +211,13 @@ def argmax(logits: Tensor) -> Tensor:
 
     torch.argmax, except that the one full pass is a plain maximum, which the CPU does ten times faster.
     """
-    if logits.device.type == "cpu" and logits.dtype == torch.float32 and (kernels := native.load()) is not None:
+    if (kernels := _kernels(logits)) is not None:
         return kernels.argmax(logits)
     return _argmax_of_blocks(*_block_maxima(logits))
+
+
+def _kernels(logits: Tensor) -> native.Kernels | None:
+    return native.load() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
 
 
 def _block_maxima(logits: Tensor) -> tuple[Tensor, Tensor]:

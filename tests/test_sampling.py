@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from dspark_kernels import noise
+from dspark_kernels import native, noise
 from dspark_serve import sampling as module
 from dspark_serve.sampling import (
     Support,
@@ -27,6 +28,17 @@ from dspark_serve.sampling import (
 )
 from dspark_serve.tensors import Penalties, SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
+
+
+@pytest.fixture(scope="module", autouse=True, params=["torch", "c++"])
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to draw, each through every test here."""
+    if request.param == "c++" and native.load() is None:
+        pytest.skip("the kernels are not built: this needs a C++ compiler when the package is installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(module, "_kernels", lambda logits: None)
+        yield
 
 
 def sampling_batch(rows: list[dict[str, float]], first_seed: int = 0) -> SamplingBatch:
@@ -278,15 +290,12 @@ def test_rare_winners_survive_the_pruning() -> None:
     assert int(draw_logits(logits, *args)) == best
 
 
-def test_equal_scores_take_the_lowest_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "grid_gumbel", lambda index: torch.zeros(index.shape))
-    monkeypatch.setattr(noise, "gumbel", lambda *args: torch.zeros(()))
+def test_equal_scores_take_the_lowest_id() -> None:
     logits = torch.zeros(1, 500)
-    logits[0, [130, 131, 400]] = 1.0
+    logits[0, [130, 131, 400]] = 1e9  # next to which any noise is lost in rounding
     address = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    monkeypatch.setattr(noise, "grid_floor", lambda value: torch.zeros(value.shape, dtype=torch.int32))
     assert draw_logits(logits, torch.ones(1), *address).tolist() == [130]
-    support = Support(torch.tensor([[400, 131, 5, 130]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
+    support = Support(torch.tensor([[400, 131, 5, 130]]), torch.tensor([[1e9, 1e9, 0.0, 1e9]]))
     assert draw(support, *address).tolist() == [130]
 
 

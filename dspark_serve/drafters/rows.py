@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark_kernels import noise
-from dspark_serve.sampling import Support, argmax, draw, draw_target, target_probs, target_support
+from dspark_serve.sampling import Support, argmax, draw, draw_logits, target_probs, target_support
 from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
 from dspark_serve.types import Row, VerifyMode, signed_seed
 
@@ -93,8 +93,9 @@ class Drawer:
             token = argmax(logits)
             return (token if self.draft_vocab is None else self.draft_vocab[token]), None
         sampling = replace(sampling, position=sampling.position + slot)
-        if self.mode == "coupled" and self.draft_vocab is None:
-            return draw_target(logits, sampling), None
+        if self.mode == "coupled" and not sampling.any_filter:
+            address = sampling.seed, sampling.position, noise.GUMBEL
+            return draw_logits(logits, sampling.temperature, *address, self.draft_vocab), None
         support = target_support(logits, sampling)
         if self.draft_vocab is not None:  # from here on under the target's ids, which the noise is addressed by
             support = Support(self.draft_vocab[support.ids], support.log_weights)

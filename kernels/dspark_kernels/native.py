@@ -51,6 +51,14 @@ class _Attention(ctypes.Structure):  # mirrors attention.cpp
     )
 
 
+class _Draw(ctypes.Structure):  # mirrors draw.cpp
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "temperature", "ids", "seed", "position", "out")),
+        *((name, c_int64) for name in ("rows", "width", "stride", "ids_stride", "stream", "threads")),
+        ("greedy", c_float),
+    )
+
+
 class PackedWeight:
     """A weight [outputs, inputs] laid out for the kernels, with its bias; `gated`: half gates, half their ups.
 
@@ -96,8 +104,8 @@ class Kernels:
         library.dspark_pack.argtypes = (c_void_p, c_void_p)
         library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for function in (library.dspark_pack, library.dspark_products, library.dspark_attention, library.dspark_argmax):
-            function.restype = None
+        for name in ("pack", "products", "attention", "argmax", "draw"):
+            getattr(library, f"dspark_{name}").restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
         self.lanes: int = library.dspark_lanes()
@@ -174,6 +182,33 @@ class Kernels:
         x = x.contiguous()
         out = x.new_empty(x.shape[0], dtype=torch.int64)
         self.library.dspark_argmax(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
+        return out
+
+    def draw(
+        self,
+        logits: Tensor,  # [rows, width] float32
+        temperature: Tensor,  # [rows] float32
+        seed: Tensor,  # [rows] int64
+        position: Tensor,  # [rows] int64
+        stream: int,
+        greedy: float,  # rows of no higher temperature take their likeliest token
+        ids: Tensor | None = None,  # [rows, width] int64 or [width]: the columns' tokens, else 0..width-1
+    ) -> Tensor:
+        """argmax of logits / temperature + addressed Gumbel noise, the lowest token on ties; [rows] int64.
+
+        A row with NaN gives the token of its first NaN.
+        """
+        rows, width = logits.shape
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        if ids is not None and ids.stride(-1) != 1:
+            ids = ids.contiguous()
+        temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
+        out = seed.new_empty(rows)
+        ids_stride = 0 if ids is None or ids.dim() == 1 else ids.stride(0)
+        pointers = (logits, temperature, ids, seed, position, out)
+        sizes = (rows, width, logits.stride(0), ids_stride, stream, torch.get_num_threads())
+        self.library.dspark_draw(ctypes.byref(_Draw(*map(_pointer, pointers), *sizes, greedy)))
         return out
 
     def attends(self, head_dim: int, value_dim: int) -> bool:

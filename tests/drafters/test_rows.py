@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dspark_kernels import noise
+from dspark_serve import sampling as sampling_module
 from dspark_serve.drafters.rows import Drawer
 from dspark_serve.sampling import draw, draw_target, target_probs, target_support
 from dspark_serve.tensors import SamplingBatch
@@ -26,7 +27,10 @@ def sampling(temperature, top_k=0, top_p=1.0):
 
 
 @pytest.mark.parametrize("options", [(0.8,), (1.5,), (1.0, 5), (1.0, 0, 0.7)])
-def test_a_draft_vocabulary_changes_no_draw(options):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_draft_vocabulary_changes_no_draw(options, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(sampling_module, "_kernels", lambda logits: None)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(VOCAB, generator=generator)[:FEW].sort().values
     logits = torch.randn(ROWS, FEW, generator=generator) * 2

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels import native
+from dspark_kernels import native, noise
 from dspark_kernels.native import Kernels, PackedWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -172,3 +172,35 @@ def test_the_end_of_a_layer_has_the_bits_of_its_parts(kernels: Kernels, rows: in
     got = kernels.finish_layer(attended, hidden, out, norm, 1e-5, gate_up, down)
     middle = kernels.product(attended, out, residual=hidden)
     assert torch.equal(got, kernels.product(kernels.product(middle, gate_up, norm, 1e-5), down, residual=middle))
+
+
+@pytest.mark.parametrize("width", [1, 3, 63, 64, 65, 200, 1003, 49152])
+def test_draws_are_those_of_the_noise(kernels: Kernels, width: int) -> None:
+    """Against the argmax over dense numpy noise: any width, streams, seeds of 64 bits, greedy rows, tokens by id."""
+    rows = 9
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randn(rows, width, generator=generator) * 2
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), generator=generator)
+    position = torch.randint(0, 1 << 31, (rows,), generator=generator)
+    temperature = torch.tensor([0.0, 0.01, 0.3, 0.7, 1.0, 1.3, 2.0, 50.0, 1e-6])
+    greedy = temperature <= 1e-5
+    few = torch.randperm(3 * width, generator=generator)[:width]
+    for stream, ids in ((noise.GUMBEL, None), (noise.DRAFT, few), (noise.GUMBEL, few.expand(rows, width))):
+        tokens = torch.arange(width) if ids is None else few
+        gumbel = noise.gumbel_np(seed.numpy()[:, None], position.numpy()[:, None], tokens.numpy()[None], stream)
+        scores = logits / temperature.masked_fill(greedy, 1.0)[:, None] + torch.from_numpy(gumbel)
+        want = tokens[torch.where(greedy, logits.argmax(-1), scores.argmax(-1))]
+        assert torch.equal(kernels.draw(logits, temperature, seed, position, stream, 1e-5, ids), want)
+        wide = torch.randn(rows, width + 5)
+        wide[:, :width] = logits  # rows with a gap between them
+        assert torch.equal(kernels.draw(wide[:, :width], temperature, seed, position, stream, 1e-5, ids), want)
+        alone = [kernels.draw(*(t[i : i + 1] for t in (logits, temperature, seed, position)), stream, 1e-5, few_of)
+                 for i in range(rows) for few_of in (None if ids is None else few,)]  # fmt: skip
+        assert torch.equal(torch.cat(alone), want)
+
+
+def test_a_draw_from_nan_is_its_first(kernels: Kernels) -> None:
+    logits = torch.zeros(2, 100)
+    logits[0, 70:72] = torch.nan
+    where = torch.ones(2), torch.arange(2), torch.arange(2)
+    assert int(kernels.draw(logits, *where, noise.GUMBEL, 1e-5)[0]) == 70
