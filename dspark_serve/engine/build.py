@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
-def build_engine(config: Config) -> Engine:
-    """Resolve and load the model, size the K/V pool, put the parts together.
+def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engine:
+    """Load the model, size the K/V pool, put the parts together. `resolved`: where the model is, if that is known.
 
     Downloads the model when it is not cached, with a progress bar where stderr is a terminal. Raises ValueError, or
     the loader's LoadError, with one sentence that says what to do.
@@ -63,7 +63,7 @@ def build_engine(config: Config) -> Engine:
         torch.set_num_threads(config.engine.threads)
     device = _device(config.model.device)
     trust = config.model.trust_remote_code
-    resolved = resolve(config.model.model, trust)
+    resolved = resolved or resolve(config.model.model, trust)
     model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
     config = config.model_copy(update={"speculation": with_shipped_head(config.speculation, resolved)})

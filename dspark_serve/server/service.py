@@ -9,6 +9,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from typing import Literal
@@ -30,9 +31,14 @@ Loaded = tuple[EngineLike, Tokenizer | None]
 def load(config: Config) -> Loaded:
     """Build the engine and the tokenizer that belongs to its model; None when the model has none."""
     from dspark_serve.engine.build import build_engine  # brings torch: only the thread that loads pays for it
+    from dspark_serve.models.loader import resolve
 
-    engine = build_engine(config)
-    return engine, Tokenizer.load(engine.info.model_dir, config.model.chat_template, config.model.trust_remote_code)
+    model = config.model
+    resolved = resolve(model.model, model.trust_remote_code)
+    with ThreadPoolExecutor(1) as beside:  # reading weights hardly needs Python, loading a tokenizer needs little else
+        tokenizer = beside.submit(Tokenizer.load, resolved.path, model.chat_template, model.trust_remote_code)
+        engine = build_engine(config, resolved)
+    return engine, tokenizer.result()
 
 
 class Service:
