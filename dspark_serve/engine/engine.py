@@ -5,7 +5,6 @@ Must not know: text, HTTP, threads. One thread owns an engine; nothing here bloc
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,8 +62,6 @@ class Engine:
         for delta in report.deltas:
             if delta.finish_reason is not None:
                 self._release(delta.request_id)
-        if not self.has_work:
-            _return_free_memory()
         return replace(report, phase_ms=clock.phase_ms, budget=learned)
 
     def add(self, request: Request) -> None:
@@ -90,13 +87,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests and pages agree."""
         self.scheduler.check_integrity()
-
-
-def _return_free_memory() -> None:
-    """Give what the allocator keeps for later back to the system: steps of many shapes leave it full of holes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
 
 
 class _Clock:
