@@ -13,12 +13,24 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.decoder import DecoderStack, LayerWeights
 from dspark_kernels.native import Kernels
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
 from dspark_serve.models.dense_config import DenseConfig, UnsupportedConfig
-from dspark_serve.models.layers import Affine, Finish, Linear, Operations, RMSNorm, Rotary, Weight, operations
+from dspark_serve.models.layers import (
+    Affine,
+    Finish,
+    Linear,
+    NativeFinish,
+    NativeLinear,
+    Operations,
+    RMSNorm,
+    Rotary,
+    Weight,
+    operations,
+)
 from dspark_serve.tensors import StepBatch, TargetOutput
 
 
@@ -154,6 +166,7 @@ class DenseModel:
         self.config = config
         self._layers = tuple(layers)
         self._embed, self._norm, self._head, self._kernels = embed, norm, head, kernels
+        self._stack = None if kernels is None else _stack(kernels, config, self._layers)
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
             architecture=config.architecture,
@@ -219,17 +232,34 @@ class DenseModel:
                 )
         meta = AttnMeta.build(batch, store.page_size, self._kernels)
         hidden = self._embed.index_select(0, batch.token_ids)  # [tokens, hidden]
+        plain = len(set(taps)) == len(taps) and -1 not in taps and store.keys[0].dtype == torch.float32
+        if self._stack is not None and plain:
+            tapped = self._run_stack(self._stack, hidden, batch, meta, store, taps)
+        else:
+            hidden, tapped = self._run_layers(hidden, batch, meta, store, taps)
+        wanted = batch.sample_index
+        if batch.score_index is not None:
+            wanted = torch.cat([wanted, batch.score_index])
+        return TargetOutput(self._logits(hidden.index_select(0, wanted)), tapped)
+
+    def _run_stack(
+        self, stack: DecoderStack, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]
+    ) -> Tensor | None:
+        """All layers in one call; overwrites `hidden` with the last one's output."""
+        count, rotary = len(self._layers), (batch.positions, self._rotary.table(max(batch.context_lens)))
+        keys, values = store.keys[:count], store.values[:count]
+        return stack(hidden, keys, values, batch.slots, batch.page_table, meta.rows, rotary, taps)
+
+    def _run_layers(
+        self, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
         tapped = {-1: hidden}
         attention = _Attention(self.config, self._rotary, batch, meta, store)
         for index, layer in enumerate(self._layers):
             hidden = layer.finish(attention(layer, index, layer.qkv(hidden)), hidden)
             if index in taps:
                 tapped[index] = hidden
-        wanted = batch.sample_index
-        if batch.score_index is not None:
-            wanted = torch.cat([wanted, batch.score_index])
-        logits = self._logits(hidden.index_select(0, wanted))
-        return TargetOutput(logits, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None)
+        return hidden, torch.cat([tapped[tap] for tap in taps], dim=1) if taps else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embed.index_select(0, token_ids)
@@ -279,6 +309,32 @@ class _Attention:
             q, k = qk[:, : c.heads], qk[:, c.heads :]
             context = attend(q, k, v, index, self._meta, store, scale=scale, sliding_window=layer.window)
         return context.view(-1, c.heads * c.head_dim)
+
+
+def _stack(kernels: Kernels, config: DenseConfig, layers: Sequence[_Layer]) -> DecoderStack | None:
+    """The layers as one call, where heads and norms fill vectors."""
+    weights = []
+    for layer in layers:
+        qkv, finish, norm = layer.qkv, layer.finish, layer.qk_norm
+        assert isinstance(qkv, NativeLinear)
+        assert isinstance(finish, NativeFinish)
+        assert qkv.norm is not None
+        weights.append(
+            LayerWeights(
+                attention_norm=qkv.norm.weight,
+                qkv=qkv.packed,
+                q_norm=None if norm is None else norm.weight[0],
+                k_norm=None if norm is None else norm.weight[-1],
+                out=finish.out,
+                mlp_norm=finish.norm.weight,
+                gate_up=finish.gate_up,
+                down=finish.down,
+                window=layer.window,
+            )
+        )
+    if not DecoderStack.fits(kernels, weights, config.head_dim):
+        return None
+    return DecoderStack(kernels, weights, config.heads, config.kv_heads, config.head_dim, config.norm_eps)
 
 
 def _make_layer(config: DenseConfig, loading: _Loading, ops: Operations, layer: int) -> _Layer:

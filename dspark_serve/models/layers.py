@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -83,31 +84,47 @@ class NativeOperations:
         self.kernels = kernels
         self.name = f"native {kernels.isa} float32"
 
-    def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
-        return self._product(native.PackedWeight(self.kernels, weight, bias, False), norm)
+    def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> NativeLinear:
+        return NativeLinear(self.kernels, native.PackedWeight(self.kernels, weight, bias, False), norm)
 
-    def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> Finish:
+    def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> NativeFinish:
         kernels = self.kernels
         first, last = (native.PackedWeight(kernels, *affine, gated=False) for affine in (out, down))
-        gated = native.PackedWeight(kernels, *gate_up, gated=True)
-        if gated.inputs % kernels.lanes == 0:
-            weight, eps = norm.weight.contiguous(), norm.eps
-            return lambda x, hidden: kernels.finish_layer(x, hidden, first, weight, eps, gated, last)
+        return NativeFinish(kernels, first, norm, native.PackedWeight(kernels, *gate_up, gated=True), last)
 
-        def finish(attended: Tensor, hidden: Tensor) -> Tensor:  # the fused norm works in whole vectors
-            hidden = kernels.product(attended, first, residual=hidden)
-            return kernels.product(kernels.product(norm(hidden), gated), last, residual=hidden)
 
-        return finish
+@dataclass(frozen=True)
+class NativeLinear:
+    """x -> norm(x) W^T + b. The fused norm works in whole vectors; one that does not fill them runs in torch."""
 
-    def _product(self, packed: native.PackedWeight, norm: RMSNorm | None) -> Linear:
-        kernels = self.kernels
-        if norm is None:
-            return lambda x: kernels.product(x, packed)
-        if packed.inputs % kernels.lanes:  # the fused norm works in whole vectors
-            return lambda x: kernels.product(norm(x), packed)
-        weight, eps = norm.weight.contiguous(), norm.eps
-        return lambda x: kernels.product(x, packed, weight, eps)
+    kernels: Kernels
+    packed: native.PackedWeight
+    norm: RMSNorm | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return self.kernels.product(x, self.packed)
+        if self.packed.inputs % self.kernels.lanes:
+            return self.kernels.product(self.norm(x), self.packed)
+        return self.kernels.product(x, self.packed, self.norm.weight, self.norm.eps)
+
+
+@dataclass(frozen=True)
+class NativeFinish:
+    """See Operations.finish."""
+
+    kernels: Kernels
+    out: native.PackedWeight
+    norm: RMSNorm
+    gate_up: native.PackedWeight
+    down: native.PackedWeight
+
+    def __call__(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        kernels, norm = self.kernels, self.norm
+        if self.gate_up.inputs % kernels.lanes == 0:
+            return kernels.finish_layer(attended, hidden, self.out, norm.weight, norm.eps, self.gate_up, self.down)
+        hidden = kernels.product(attended, self.out, residual=hidden)
+        return kernels.product(kernels.product(norm(hidden), self.gate_up), self.down, residual=hidden)
 
 
 class TorchOperations:
@@ -184,7 +201,7 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps = weight.contiguous(), eps
         self._width = weight.shape[-1]
         # In float32 the mean is not taken: the norm's sqrt(width) goes into the weight.
         self._scaled = weight * self._width**0.5 if weight.dtype == torch.float32 else weight

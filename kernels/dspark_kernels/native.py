@@ -32,7 +32,7 @@ class _Source(ctypes.Structure):  # mirrors pack.cpp
     )
 
 
-class _Product(ctypes.Structure):  # mirrors gemm.cpp
+class _Product(ctypes.Structure):  # mirrors product.h
     _fields_ = (
         *((name, c_void_p) for name in ("x", "norm", "packed", "bias", "residual", "y", "scratch")),
         *((name, c_int64) for name in ("storage", "group", "rows", "inputs", "outputs", "x_stride", "epilogue")),
@@ -40,7 +40,7 @@ class _Product(ctypes.Structure):  # mirrors gemm.cpp
     )
 
 
-class _Attention(ctypes.Structure):  # mirrors attention.cpp
+class Attention(ctypes.Structure):  # mirrors attention.h
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "q_norm", "k_norm", "cosine", "sine", "positions", "slots")),
         *((name, c_void_p) for name in ("pages", "first", "queries", "contexts", "keys", "values", "out")),
@@ -104,7 +104,7 @@ class Kernels:
         library.dspark_pack.argtypes = (c_void_p, c_void_p)
         library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for name in ("pack", "products", "attention", "argmax", "draw"):
+        for name in ("pack", "products", "attention", "decoder", "argmax", "draw"):
             getattr(library, f"dspark_{name}").restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
@@ -245,7 +245,7 @@ class Kernels:
         row_bytes = rows.shape[1] * 8
         self.library.dspark_attention(
             ctypes.byref(
-                _Attention(
+                Attention(
                     q.data_ptr(),
                     k.data_ptr(),
                     v.data_ptr(),

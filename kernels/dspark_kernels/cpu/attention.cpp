@@ -3,10 +3,9 @@
 // First every token's queries and keys are normed and rotated and its K/V written to its slot; then each query attends over
 // the keys it may see, in order, alone: neither the other queries nor the length of the row change its sums. The tokens of
 // a drafted block see each other in both directions, and nothing of them is kept.
-#include "simd.h"
+#include "attention.h"
 
 #include <algorithm>
-#include <vector>
 
 using namespace dspark;
 
@@ -15,33 +14,6 @@ namespace {
 constexpr int MAX_HEADS = 4;    // query heads of one K/V head that are computed together
 constexpr int64_t CHUNK = 16;   // queries per task
 constexpr float NEVER = -INFINITY;
-
-struct Attention {  // mirrored by native.py
-    float* q;              // [tokens, heads, head_dim], tokens q_stride apart; normed and rotated in place
-    float* k;              // [tokens, kv_heads, head_dim], likewise
-    const float* v;        // [tokens, kv_heads, value_dim]
-    const float* q_norm;   // [head_dim] or null
-    const float* k_norm;   // [head_dim] or null
-    const float* cosine;   // [positions, head_dim] or null: no rotation
-    const float* sine;     // [positions, head_dim], the first half negated
-    const int64_t* positions;  // [tokens], rows of the two tables
-    const int64_t* slots;      // [tokens]
-    const int64_t* pages;      // [rows, max_pages]
-    const int64_t* first;      // [rows] first token of the row
-    const int64_t* queries;    // [rows]
-    const int64_t* contexts;   // [rows] keys visible to the row's last token
-    float* keys;           // [slots, kv_heads, head_dim]
-    float* values;         // [slots, kv_heads, value_dim]
-    float* out;            // [tokens, heads, value_dim]
-    int64_t q_stride, k_stride, v_stride;
-    int64_t tokens, rows, max_pages, page_size;
-    int64_t heads, kv_heads, head_dim, value_dim;
-    int64_t window;        // tokens a query sees, itself included; 0: all
-    int64_t table_stride;  // floats between positions of the tables
-    int64_t block;         // 1: queries see all of their row's keys, and those of its own tokens are not kept
-    int64_t threads;
-    float scale, softcap, eps;  // softcap 0: none
-};
 
 // Half-split rotation: x1 cos - x2 sin, x2 cos + x1 sin. head_dim / 2 need not fill vectors.
 void rotate_head(float* x, const float* cosine, const float* sine, int64_t width) {
@@ -233,20 +205,26 @@ private:
 
 }  // namespace
 
-extern "C" void dspark_attention(const Attention* attention) {
-    const Attention& a = *attention;
-    std::vector<int64_t> starts(a.rows + 1, 0);  // of each row's chunks of queries
+std::vector<int64_t> dspark::chunk_starts(const Attention& a) {
+    std::vector<int64_t> starts(a.rows + 1, 0);
     for (int64_t row = 0; row < a.rows; row++) starts[row + 1] = starts[row] + (a.queries[row] + CHUNK - 1) / CHUNK;
-#pragma omp parallel num_threads(a.threads)
-    {
+    return starts;
+}
+
+void dspark::run_attention(const Attention& a, const std::vector<int64_t>& starts) {
 #pragma omp for
-        for (int64_t token = 0; token < a.tokens; token++) prepare(a, token);
+    for (int64_t token = 0; token < a.tokens; token++) prepare(a, token);
 #pragma omp for schedule(dynamic)
-        for (int64_t index = 0; index < starts[a.rows] * a.kv_heads; index++) {
-            int64_t chunk = index / a.kv_heads, kv_head = index % a.kv_heads;
-            int64_t row = std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin() - 1;
-            int64_t begin = (chunk - starts[row]) * CHUNK, end = std::min(begin + CHUNK, a.queries[row]);
-            Task(a, row, kv_head, begin, end).run();
-        }
+    for (int64_t index = 0; index < starts[a.rows] * a.kv_heads; index++) {
+        int64_t chunk = index / a.kv_heads, kv_head = index % a.kv_heads;
+        int64_t row = std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin() - 1;
+        int64_t begin = (chunk - starts[row]) * CHUNK, end = std::min(begin + CHUNK, a.queries[row]);
+        Task(a, row, kv_head, begin, end).run();
     }
+}
+
+extern "C" void dspark_attention(const Attention* attention) {
+    std::vector<int64_t> starts = chunk_starts(*attention);
+#pragma omp parallel num_threads(attention->threads)
+    run_attention(*attention, starts);
 }

@@ -2,7 +2,7 @@
 //
 // One output of one row is a single chain of fused multiply-adds over the inputs in order. Tiles, threads, the other rows
 // and the way the weight is stored (weights.h) cannot change it.
-#include "weights.h"
+#include "product.h"
 
 #include <algorithm>
 #include <utility>
@@ -14,22 +14,6 @@ namespace {
 
 constexpr int64_t CHUNK = 1 << 16;  // bytes of weights a thread takes at a time
 constexpr int64_t DECODING_TILES = 6;
-
-enum Epilogue : int64_t { PLAIN, RESIDUAL, SWIGLU };
-
-struct Product {  // mirrored by native.py
-    const float* x;         // [rows, inputs], rows x_stride apart
-    const float* norm;      // [inputs] RMSNorm weight applied to x first, or null
-    const char* packed;     // panels
-    const float* bias;      // [outputs] or null; with SWIGLU [2 * outputs]
-    const float* residual;  // [rows, outputs] with RESIDUAL
-    float* y;               // [rows, outputs]
-    float* scratch;         // [rows, inputs] if norm
-    int64_t storage, group;
-    int64_t rows, inputs, outputs, x_stride;
-    int64_t epilogue;
-    float eps;
-};
 
 // silu(gate) * up
 inline Vec gated(Vec gate, Vec up) {
@@ -151,8 +135,9 @@ void one_panel(const Work& w) {
     }
 }
 
-// By all threads of a parallel region; ends with a barrier.
-void run(const Product& p) {
+}  // namespace
+
+void dspark::run_product(const Product& p) {
     int64_t per_panel = p.epilogue == SWIGLU ? LANES : PANEL;
     int64_t panels = (p.outputs + per_panel - 1) / per_panel;
     int64_t bytes = panel_bytes(p.storage, p.inputs, p.group);
@@ -170,8 +155,6 @@ void run(const Product& p) {
     for (int64_t panel = 0; panel < panels; panel++) one_panel({p, x, stride, panel, p.packed + panel * bytes});
 }
 
-}  // namespace
-
 extern "C" {
 
 const char* dspark_isa() { return isa(); }
@@ -180,7 +163,7 @@ int64_t dspark_lanes() { return LANES; }
 // Products that follow each other, each waiting for the one before.
 void dspark_products(const Product* products, int64_t count, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-    for (int64_t i = 0; i < count; i++) run(products[i]);
+    for (int64_t i = 0; i < count; i++) run_product(products[i]);
 }
 
 }  // extern "C"

@@ -1,0 +1,79 @@
+// Decoder layers one after the other within one parallel region: the threads meet at barriers, not at every call.
+#include "attention.h"
+#include "product.h"
+
+using namespace dspark;
+
+namespace {
+
+struct Packed {  // mirrored by decoder.py, as are the others
+    const char* panels;
+    const float* bias;
+    int64_t storage, group, outputs, inputs;  // outputs: with gates, half the weight's
+};
+
+struct Layer {
+    Packed qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm;
+    const float *q_norm, *k_norm;  // or null
+    float *keys, *values;          // this layer's part of the store
+    int64_t window;
+};
+
+struct Decoder {
+    const Layer* layers;
+    const Attention* attention;  // what is the same in every layer
+    const int64_t* tap_column;   // [count] where a layer's output goes in a row of taps, or -1
+    float *hidden;               // [rows, width], in and out
+    float *taps;                 // [rows, tap_stride]
+    float *normed, *qkv, *attended, *middle, *between;  // scratch of the products' shapes
+    int64_t count, rows, width, tap_stride;
+    float eps;
+};
+
+Product product(const Decoder& d, const Packed& w, const float* x, float* y, const float* residual) {
+    return {x, nullptr, w.panels, w.bias, residual, y, nullptr, w.storage, w.group,
+            d.rows, w.inputs, w.outputs, w.inputs, residual ? RESIDUAL : PLAIN, d.eps};
+}
+
+Product normed(const Decoder& d, const Packed& w, const float* norm, const float* x, float* y) {
+    Product p = product(d, w, x, y, nullptr);
+    p.norm = norm;
+    p.scratch = d.normed;
+    return p;
+}
+
+void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vector<int64_t>& starts) {
+    Attention a = *d.attention;
+    a.q = d.qkv;
+    a.k = d.qkv + a.heads * a.head_dim;
+    a.v = a.k + a.kv_heads * a.head_dim;
+    a.q_stride = a.k_stride = a.v_stride = layer.qkv.outputs;
+    a.q_norm = layer.q_norm;
+    a.k_norm = layer.k_norm;
+    a.keys = layer.keys;
+    a.values = layer.values;
+    a.out = d.attended;
+    a.window = layer.window;
+    run_product(normed(d, layer.qkv, layer.attention_norm, d.hidden, d.qkv));
+    run_attention(a, starts);
+    run_product(product(d, layer.out, d.attended, d.middle, d.hidden));
+    Product gates = normed(d, layer.gate_up, layer.mlp_norm, d.middle, d.between);
+    gates.epilogue = SWIGLU;
+    run_product(gates);
+    run_product(product(d, layer.down, d.between, d.hidden, d.middle));
+    if (tap < 0) return;
+#pragma omp for
+    for (int64_t row = 0; row < d.rows; row++) {
+        std::memcpy(d.taps + row * d.tap_stride + tap, d.hidden + row * d.width, d.width * sizeof(float));
+    }
+}
+
+}  // namespace
+
+extern "C" void dspark_decoder(const Decoder* decoder) {
+    const Decoder& d = *decoder;
+    std::vector<int64_t> starts = chunk_starts(*d.attention);
+#pragma omp parallel num_threads(d.attention->threads)
+    for (int64_t i = 0; i < d.count; i++) run_layer(d, d.layers[i], d.tap_column[i], starts);
+}

@@ -1,0 +1,150 @@
+"""A stack of decoder layers in one call of the C++ kernels: what native.py does layer by layer, the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_kernels.native import Attention, Kernels, PackedWeight
+
+
+class _Packed(ctypes.Structure):  # mirrors decoder.cpp, as do the others
+    _fields_ = (
+        *((name, c_void_p) for name in ("panels", "bias")),
+        *((name, c_int64) for name in ("storage", "group", "outputs", "inputs")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Packed) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        ("window", c_int64),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "hidden", "taps")),
+        *((name, c_void_p) for name in ("normed", "qkv", "attended", "middle", "between")),
+        *((name, c_int64) for name in ("count", "rows", "width", "tap_stride")),
+        ("eps", c_float),
+    )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer: norm, q/k/v, norms of heads, attention, out-projection, norm, gated MLP, two residuals."""
+
+    attention_norm: Tensor  # [hidden] contiguous float32, as all norms; hidden must fill vectors
+    qkv: PackedWeight  # hidden -> (heads + 2 * kv_heads) * head_dim
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    out: PackedWeight
+    mlp_norm: Tensor  # [hidden]
+    gate_up: PackedWeight  # gated
+    down: PackedWeight
+    window: int | None
+
+
+class DecoderStack:
+    """Layers of equal shape over a paged store. Not safe for several threads at once."""
+
+    def __init__(
+        self, kernels: Kernels, layers: Sequence[LayerWeights], heads: int, kv_heads: int, head_dim: int, eps: float
+    ) -> None:
+        """Raises ValueError where `fits` says no."""
+        if not self.fits(kernels, layers, head_dim):
+            raise ValueError(f"heads of {head_dim} or these norms do not fill vectors of {kernels.lanes}")
+        self._kernels, self._weights = kernels, tuple(layers)
+        self._heads, self._kv_heads, self._head_dim, self._eps = heads, kv_heads, head_dim, eps
+        self._layers = (_Layer * len(layers))(*(_Layer(*_fields(layer), window=layer.window or 0) for layer in layers))
+
+    @staticmethod
+    def fits(kernels: Kernels, layers: Sequence[LayerWeights], head_dim: int) -> bool:
+        """Whether heads and norms fill whole vectors."""
+        widths = {width for layer in layers for width in (layer.qkv.inputs, layer.gate_up.inputs)}
+        return kernels.attends(head_dim, head_dim) and all(width % kernels.lanes == 0 for width in widths)
+
+    def __call__(
+        self,
+        hidden: Tensor,  # [tokens, hidden] float32 contiguous; overwritten with the last layer's output
+        keys: Sequence[Tensor],  # per layer [pages, page_size, kv_heads, head_dim]: the step's are written here
+        values: Sequence[Tensor],
+        slots: Tensor,  # [tokens] int64
+        pages: Tensor,  # [rows, max_pages] int64
+        rows: Tensor,  # [3, rows] int64, as for Kernels.attention
+        rotary: tuple[Tensor, Tensor],  # positions [tokens], table [positions, 2, head_dim]
+        taps: Sequence[int] = (),  # different layers, whose output is wanted
+    ) -> Tensor | None:
+        """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
+        tokens, width = hidden.shape
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
+        first = self._weights[0]
+        sizes = (width, first.qkv.outputs, self._heads * self._head_dim, width, first.gate_up.outputs)
+        scratch = torch.split(hidden.new_empty(tokens * sum(sizes)), [tokens * size for size in sizes])
+        tapped = hidden.new_empty(tokens, len(taps) * width) if taps else None
+        columns = [-1] * len(self._layers)
+        for index, tap in enumerate(taps):
+            columns[tap] = index * width
+        attention = self._attention(keys[0].shape[1], tokens, slots, pages, rows, rotary)
+        decoder = _Decoder(
+            ctypes.addressof(self._layers),
+            ctypes.addressof(attention),
+            ctypes.addressof(column := (c_int64 * len(columns))(*columns)),
+            hidden.data_ptr(),
+            None if tapped is None else tapped.data_ptr(),
+            *(part.data_ptr() for part in scratch),
+            len(self._layers),
+            tokens,
+            width,
+            len(taps) * width,
+            self._eps,
+        )
+        self._kernels.library.dspark_decoder(ctypes.byref(decoder))
+        del column  # had to live until here
+        return tapped
+
+    def _attention(
+        self, page_size: int, tokens: int, slots: Tensor, pages: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Attention:
+        """What is the same in every layer."""
+        positions, table = rotary
+        first, row_bytes = rows.data_ptr(), rows.shape[1] * 8
+        return Attention(
+            cosine=table.data_ptr(),
+            sine=table.data_ptr() + self._head_dim * 4,
+            positions=positions.data_ptr(),
+            slots=slots.data_ptr(),
+            pages=pages.data_ptr(),
+            first=first,
+            queries=first + row_bytes,
+            contexts=first + 2 * row_bytes,
+            tokens=tokens,
+            rows=rows.shape[1],
+            max_pages=pages.shape[1],
+            page_size=page_size,
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            head_dim=self._head_dim,
+            value_dim=self._head_dim,
+            table_stride=2 * self._head_dim,
+            threads=torch.get_num_threads(),
+            scale=self._head_dim**-0.5,
+            eps=self._eps,
+        )
+
+
+def _fields(layer: LayerWeights) -> list[object]:
+    packed = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    return [
+        *(_Packed(w.panels_at, w.bias_at, w.storage, w.group, w.outputs, w.inputs) for w in packed),
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+    ]
