@@ -8,8 +8,10 @@ import platform
 
 from setuptools import Extension, setup
 
-_SOURCES = [f"kernels/dspark_kernels/cpu/{name}.cpp" for name in ("pack", "gemm", "attention", "decoder", "draw")]
-_HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights", "product", "attention")]
+_SOURCES = [
+    f"kernels/dspark_kernels/cpu/{name}.cpp" for name in ("pack", "gemm", "attention", "decoder", "draw", "head")
+]
+_HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights", "product", "attention", "draw")]
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
 _SETS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):

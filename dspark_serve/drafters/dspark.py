@@ -7,20 +7,28 @@ every committed token, so that nothing is ever replayed. Must not know: verifica
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dspark_kernels import noise
+from dspark_kernels.heads import MarkovSampler
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
+from dspark_serve.drafters.native_head import NativeHead
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
-from dspark_serve.types import Row, VerifyMode
+from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
 
 class DSparkHead(Head):
     """A block of slots over the context, all of it in one pass."""
+
+    @cached_property
+    def native(self) -> NativeHead | None:
+        return NativeHead.of(self)
 
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
@@ -31,6 +39,10 @@ class DSparkHead(Head):
 
         The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
         """
+        if self.native is not None and taps.dtype == store.keys[first_layer].dtype == torch.float32:
+            layers, rotary = slice(first_layer, None), (positions, self.rotary.table(int(positions.max()) + 1))
+            self.native.context(taps, slots, rotary, store.keys[layers], store.values[layers])
+            return
         context = self.hidden_norm(self.fc(taps))  # [n, hidden]
         cos, sin = self.rotary.at(positions, int(positions.max()) + 1)
         for index, layer in enumerate(self.layers):
@@ -48,21 +60,30 @@ class DSparkHead(Head):
         ids = torch.full((count, c.block_size), c.mask_token_id, device=rows.anchors.device)
         ids[:, 0] = rows.anchors
         positions = (rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)).flatten()
-        attend = self._attention(rows, positions, store)
         hidden = self.embed(ids.flatten())  # [rows * block, hidden]
-        for index, layer in enumerate(self.layers):
-            attended = attend(layer, layer.input_norm(hidden), first_layer + index)
-            hidden = layer.finish(attended, hidden)
+        if self.native is not None and hidden.dtype == store.keys[first_layer].dtype == torch.float32:
+            layers, rotary = slice(first_layer, None), (positions, self.rotary.table(rows.longest + c.block_size))
+            keys, values, spans = store.keys[layers], store.values[layers], self._spans(rows)
+            self.native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True)
+        else:
+            attend = self._attention(rows, positions, store)
+            for index, layer in enumerate(self.layers):
+                attended = attend(layer, layer.input_norm(hidden), first_layer + index)
+                hidden = layer.finish(attended, hidden)
         return self.norm(hidden).view(count, c.block_size, -1)
+
+    def _spans(self, rows: DraftRows) -> Tensor:
+        """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
+        size = self.config.block_size
+        first = torch.arange(0, rows.anchors.shape[0] * size, size)
+        return torch.stack([first, torch.full_like(first, size), rows.start + size])
 
     def _attention(self, rows: DraftRows, positions: Tensor, store: KVStore) -> Callable[..., Tensor]:
         """(layer, normed input [n, hidden], layer in the store) -> [n, heads * head_dim], for this block."""
         c, count, stop = self.config, rows.anchors.shape[0], rows.longest + self.config.block_size
         kernels = self.layers[0].kernels
         if kernels is not None and kernels.attends(c.head_dim, c.head_dim):
-            first = torch.arange(0, count * c.block_size, c.block_size)
-            spans = torch.stack([first, torch.full_like(first, c.block_size), rows.start + c.block_size])
-            table = self.rotary.table(stop)
+            spans, table = self._spans(rows), self.rotary.table(stop)
             return lambda layer, x, index: layer.attend_block(x, positions, table, rows, spans, store, index)
         cos, sin = self.rotary.at(positions, stop)
         context = Context.build(*rows.context(), c.kv_heads)
@@ -82,7 +103,7 @@ class DSparkDrafter:
     def __init__(self, head: DSparkHead, store: KVStore, first_layer: int, mode: VerifyMode, width: int) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
-        self._drawer = Drawer(mode, head.config.vocab_size, head.draft_vocab)
+        self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row]) -> Proposal:
@@ -90,8 +111,11 @@ class DSparkDrafter:
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width = max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
-        hidden = head.block(batch, store, self._first_layer)[:, :width].contiguous()
-        base = head.base_logits(hidden)  # [rows, width, drafted tokens]
+        hidden = head.block(batch, store, self._first_layer)[:, :width]
+        sampler, sampling = None if head.native is None else head.native.sampler, batch.sampling
+        if sampler is not None and (sampling.all_greedy or (self._mode == "coupled" and not sampling.any_filter)):
+            return self._draw_block(sampler, hidden, batch)
+        base = head.base_logits(hidden.contiguous())  # [rows, width, drafted tokens]
         drafts, confidence = Drafts(batch.counts), []
         previous, state, embedded = batch.anchors, None, None
         for slot in range(width):
@@ -107,6 +131,23 @@ class DSparkDrafter:
             previous, probs = self._drawer.draw(logits, batch.sampling, slot)
             drafts.add(previous, probs, largest)
         return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
+
+    def _draw_block(self, sampler: MarkovSampler, hidden: Tensor, batch: DraftRows) -> Proposal:
+        """What the loop of `propose` does, in one call; hidden [rows, width, hidden]."""
+        hidden, s = hidden.transpose(0, 1).contiguous(), batch.sampling
+        tokens, largest, told = sampler(
+            self._head.base_logits(hidden),
+            hidden,
+            batch.anchors,
+            s.temperature,
+            s.seed,
+            s.position,
+            noise.GUMBEL,
+            GREEDY_TEMPERATURE,
+            self._head.draft_vocab,
+        )
+        drafts = Drafts(batch.counts, list(tokens), largest=list(largest))
+        return drafts.proposal(None if told is None else told.T.sigmoid())
 
     @torch.inference_mode()
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels.native import Kernels
+from dspark_kernels.native import Kernels, PackedWeight
 from dspark_serve.cache.store import KVStore
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
 from dspark_serve.drafters.rows import DraftRows
-from dspark_serve.models.layers import Affine, Finish, Linear, RMSNorm
+from dspark_serve.models.layers import Affine, Finish, Linear, NativeLinear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,25 @@ class HeadLayer:
     v_norm: RMSNorm | None  # Gemma 4, without a weight
     finish: Finish  # out-projection and MLP: (heads * head_dim, hidden_size) -> hidden_size
     kernels: Kernels | None  # that attention within a block may use
+    qkv: PackedWeight | None  # both projections as one, where the kernels have them so
 
     @staticmethod
     def load(config: HeadConfig, weights: HeadWeights, layer: int, width: int) -> HeadLayer:
         c, prefix = config, f"layers.{layer}."
         attention = f"{prefix}self_attn."
-        q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        kv = {f"{attention}k_proj": kv_width}
-        if not c.k_eq_v:
-            kv[f"{attention}v_proj"] = kv_width
+        q, kv, qkv = _projections(c, weights, attention, width)
         gemma = c.family == "gemma4"
         return HeadLayer(
             config=c,
             input_norm=weights.norm(f"{prefix}input_layernorm.weight", c.hidden_size, c.norm_eps),
-            q=weights.linear({f"{attention}q_proj": q_width}, width, c.attention_bias),
-            kv=weights.linear(kv, width, c.attention_bias),
+            q=q,
+            kv=kv,
             q_norm=weights.norm(f"{attention}q_norm.weight", c.head_dim, c.norm_eps),
             k_norm=weights.norm(f"{attention}k_norm.weight", c.head_dim, c.norm_eps),
             v_norm=RMSNorm(weights.ones(c.head_dim), c.norm_eps) if gemma else None,
             finish=(_gemma_finish if gemma else _qwen_finish)(c, weights, prefix),
             kernels=weights.ops.kernels,
+            qkv=qkv,
         )
 
     @property
@@ -141,6 +140,26 @@ class HeadLayer:
         head_dim = stored.shape[-1]
         flat = stored.view(-1, head_dim).index_select(0, context.key_index)
         return flat.view(rows, self.config.kv_heads, context.keys, head_dim)
+
+
+def _projections(
+    config: HeadConfig, weights: HeadWeights, prefix: str, width: int
+) -> tuple[Linear, Linear, PackedWeight | None]:
+    """Queries, keys with values, and both as one weight where the kernels can share it."""
+    c, q_width, kv_width = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    parts = {f"{prefix}q_proj": q_width, f"{prefix}k_proj": kv_width}
+    if not c.k_eq_v:
+        parts[f"{prefix}v_proj"] = kv_width
+    weight, bias = weights.affine(parts, width, c.attention_bias)
+    assert isinstance(weight, Tensor)  # heads come as safetensors
+    if weights.ops.kernels is not None:
+        joint = PackedWeight(weights.ops.kernels, weight, bias, gated=False)
+        q, kv = joint.part(0, q_width), joint.part(q_width, joint.outputs)
+        if q is not None and kv is not None:
+            linears = (NativeLinear(weights.ops.kernels, part, norm=None) for part in (q, kv))
+            return next(linears), next(linears), joint
+    biases = (None, None) if bias is None else (bias[:q_width], bias[q_width:])
+    return weights.ops.linear(weight[:q_width], biases[0]), weights.ops.linear(weight[q_width:], biases[1]), None
 
 
 def _parts(config: HeadConfig, weights: HeadWeights, prefix: str) -> tuple[Affine, Affine, Affine]:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.heads import MarkovSampler
+from dspark_kernels.native import Kernels
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
-from dspark_serve.models.layers import Linear
+from dspark_serve.models.layers import Linear, NativeLinear
 
 
 class MarkovHead:
@@ -27,6 +29,14 @@ class MarkovHead:
             self._joint = weights.linear({f"{name}gate_proj": rank}, hidden + rank, bias=True)
         elif config.markov_type == "rnn":
             self._joint = weights.linear({f"{name}joint_proj": 3 * rank}, 2 * rank + hidden, bias=True)
+
+    def sampler(self, kernels: Kernels, confidence: ConfidenceHead | None) -> MarkovSampler | None:
+        """A whole block in one call of the kernels, where nothing but the token before decides the bias."""
+        plain = self._type == "vanilla" and self._w1.dtype == torch.float32
+        if not plain or not isinstance(self._w2, NativeLinear):
+            return None
+        told = None if confidence is None else confidence.joined(self._rank)
+        return MarkovSampler(kernels, self._w1.contiguous(), self._w2.packed, told)
 
     def embed(self, previous: Tensor) -> Tensor:
         """w1 rows of the previous tokens: [rows] int64 -> [rows, rank]."""
@@ -61,6 +71,11 @@ class ConfidenceHead:
         self._weight = weights.take("confidence_head.proj.weight", 1, config.hidden_size + markov)
         self._bias = weights.take("confidence_head.proj.bias", 1)
         self._with_markov = bool(markov)
+
+    def joined(self, rank: int) -> Tensor:
+        """Weights of hidden state and embedding, and the bias: [hidden_size + rank + 1] contiguous."""
+        weight = self._weight[0] if self._with_markov else F.pad(self._weight[0], (0, rank))
+        return torch.cat([weight, self._bias])
 
     def logits(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
         """hidden [rows, hidden_size], embedded [rows, rank] of the previous token -> [rows] float32."""

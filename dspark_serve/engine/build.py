@@ -53,17 +53,24 @@ logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
+def find_model(config: Config) -> ResolvedModel:
+    """Where the model is, for `build_engine`; downloads it when it is not cached, with a progress bar on a terminal.
+
+    Raises the loader's LoadError with one sentence that says what to do.
+    """
+    return resolve(config.model.model, config.model.trust_remote_code)
+
+
 def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engine:
     """Load the model, size the K/V pool, put the parts together. `resolved`: where the model is, if that is known.
 
-    Downloads the model when it is not cached, with a progress bar where stderr is a terminal. Raises ValueError, or
-    the loader's LoadError, with one sentence that says what to do.
+    Raises ValueError, or the loader's LoadError, with one sentence that says what to do.
     """
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     device = _device(config.model.device)
     trust = config.model.trust_remote_code
-    resolved = resolved or resolve(config.model.model, trust)
+    resolved = resolved or find_model(config)
     model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
     config = config.model_copy(update={"speculation": with_shipped_head(config.speculation, resolved)})

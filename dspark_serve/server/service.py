@@ -30,11 +30,9 @@ Loaded = tuple[EngineLike, Tokenizer | None]
 
 def load(config: Config) -> Loaded:
     """Build the engine and the tokenizer that belongs to its model; None when the model has none."""
-    from dspark_serve.engine.build import build_engine  # brings torch: only the thread that loads pays for it
-    from dspark_serve.models.loader import resolve
+    from dspark_serve.engine.build import build_engine, find_model  # brings torch: only the loading thread pays for it
 
-    model = config.model
-    resolved = resolve(model.model, model.trust_remote_code)
+    model, resolved = config.model, find_model(config)
     with ThreadPoolExecutor(1) as beside:  # reading weights hardly needs Python, loading a tokenizer needs little else
         tokenizer = beside.submit(Tokenizer.load, resolved.path, model.chat_template, model.trust_remote_code)
         engine = build_engine(config, resolved)

@@ -10,19 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_kernels.native import Attention, Kernels, PackedWeight
+from dspark_kernels.native import Attention, Kernels, Packed, PackedWeight
 
 
-class _Packed(ctypes.Structure):  # mirrors decoder.cpp, as do the others
+class _Layer(ctypes.Structure):  # mirrors decoder.cpp, as does _Decoder
     _fields_ = (
-        *((name, c_void_p) for name in ("panels", "bias")),
-        *((name, c_int64) for name in ("storage", "group", "outputs", "inputs")),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Packed) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, Packed) for name in ("qkv", "out", "gate_up", "down")),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
         ("window", c_int64),
     )
@@ -80,6 +73,8 @@ class DecoderStack:
         pages: Tensor,  # [rows, max_pages] int64
         rows: Tensor,  # [3, rows] int64, as for Kernels.attention
         rotary: tuple[Tensor, Tensor],  # positions [tokens], table [positions, 2, head_dim]
+        *,
+        block: bool = False,  # as for Kernels.attention; slots are not looked at then
         taps: Sequence[int] = (),  # different layers, whose output is wanted
     ) -> Tensor | None:
         """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
@@ -94,6 +89,7 @@ class DecoderStack:
         for index, tap in enumerate(taps):
             columns[tap] = index * width
         attention = self._attention(keys[0].shape[1], tokens, slots, pages, rows, rotary)
+        attention.block = block
         decoder = _Decoder(
             ctypes.addressof(self._layers),
             ctypes.addressof(attention),
@@ -145,6 +141,6 @@ def _fields(layer: LayerWeights) -> list[object]:
     packed = (layer.qkv, layer.out, layer.gate_up, layer.down)
     norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
     return [
-        *(_Packed(w.panels_at, w.bias_at, w.storage, w.group, w.outputs, w.inputs) for w in packed),
+        *(weight.structure for weight in packed),
         *(None if norm is None else norm.data_ptr() for norm in norms),
     ]

@@ -6,6 +6,7 @@ Every result is row-invariant: the bits of a row do not depend on the other rows
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import logging
@@ -51,11 +52,18 @@ class Attention(ctypes.Structure):  # mirrors attention.h
     )
 
 
-class _Draw(ctypes.Structure):  # mirrors draw.cpp
+class Draw(ctypes.Structure):  # mirrors draw.h
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "temperature", "ids", "seed", "position", "out")),
         *((name, c_int64) for name in ("rows", "width", "stride", "ids_stride", "stream", "threads")),
         ("greedy", c_float),
+    )
+
+
+class Packed(ctypes.Structure):  # mirrors product.h
+    _fields_ = (
+        *((name, c_void_p) for name in ("panels", "bias")),
+        *((name, c_int64) for name in ("storage", "group", "outputs", "inputs")),
     )
 
 
@@ -70,11 +78,28 @@ class PackedWeight:
         rows, self.inputs = weight.shape
         self.outputs = rows // 2 if gated else rows
         self.gated, self.storage, self.group = gated, source.storage, source.group
+        self._lanes = kernels.lanes
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
         self.panels = torch.empty(kernels.library.dspark_packed_size(ctypes.byref(source)), dtype=torch.uint8)
         self.panels_at, self.bias_at = self.panels.data_ptr(), _pointer(self.bias)
         kernels.library.dspark_pack(ctypes.byref(source), self.panels_at)
         del kept
+
+    def part(self, start: int, stop: int) -> PackedWeight | None:
+        """Outputs from start to before stop as a weight that shares this one's memory, or None where panels are cut."""
+        panel = 2 * self._lanes
+        if self.gated or start % panel or (stop % panel and stop != self.outputs):
+            return None
+        part = copy.copy(self)
+        part.outputs = stop - start
+        part.panels_at += self.panels.nbytes // -(-self.outputs // panel) * (start // panel)
+        part.bias_at = None if self.bias is None else self.bias.data_ptr() + 4 * start
+        return part
+
+    @property
+    def structure(self) -> Packed:
+        """For the kernels; valid as long as this weight lives."""
+        return Packed(self.panels_at, self.bias_at, self.storage, self.group, self.outputs, self.inputs)
 
 
 def _source(weight: Tensor | BlockWeight, gated: bool) -> tuple[_Source, list[Tensor]]:
@@ -104,7 +129,7 @@ class Kernels:
         library.dspark_pack.argtypes = (c_void_p, c_void_p)
         library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for name in ("pack", "products", "attention", "decoder", "argmax", "draw"):
+        for name in ("pack", "products", "attention", "decoder", "argmax", "draw", "context", "block"):
             getattr(library, f"dspark_{name}").restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
@@ -208,7 +233,7 @@ class Kernels:
         ids_stride = 0 if ids is None or ids.dim() == 1 else ids.stride(0)
         pointers = (logits, temperature, ids, seed, position, out)
         sizes = (rows, width, logits.stride(0), ids_stride, stream, torch.get_num_threads())
-        self.library.dspark_draw(ctypes.byref(_Draw(*map(_pointer, pointers), *sizes, greedy)))
+        self.library.dspark_draw(ctypes.byref(Draw(*map(_pointer, pointers), *sizes, greedy)))
         return out
 
     def attends(self, head_dim: int, value_dim: int) -> bool:

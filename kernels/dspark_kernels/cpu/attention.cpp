@@ -211,9 +211,13 @@ std::vector<int64_t> dspark::chunk_starts(const Attention& a) {
     return starts;
 }
 
-void dspark::run_attention(const Attention& a, const std::vector<int64_t>& starts) {
+void dspark::run_prepare(const Attention& a) {
 #pragma omp for
     for (int64_t token = 0; token < a.tokens; token++) prepare(a, token);
+}
+
+void dspark::run_attention(const Attention& a, const std::vector<int64_t>& starts) {
+    run_prepare(a);
 #pragma omp for schedule(dynamic)
     for (int64_t index = 0; index < starts[a.rows] * a.kv_heads; index++) {
         int64_t chunk = index / a.kv_heads, kv_head = index % a.kv_heads;

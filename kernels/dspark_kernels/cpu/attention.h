@@ -37,7 +37,11 @@ struct Attention {  // mirrored by native.py
 // Where each row's chunks of queries begin, among all chunks: [rows + 1].
 std::vector<int64_t> chunk_starts(const Attention& a);
 
-// By all threads of a parallel region; ends with a barrier.
+// Norms and turns queries and keys, and writes keys and values to their slots. By all threads of a parallel region;
+// ends with a barrier.
+void run_prepare(const Attention& a);
+
+// The same, and attention.
 void run_attention(const Attention& a, const std::vector<int64_t>& starts);
 
 }  // namespace dspark

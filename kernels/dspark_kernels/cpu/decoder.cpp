@@ -6,13 +6,7 @@ using namespace dspark;
 
 namespace {
 
-struct Packed {  // mirrored by decoder.py, as are the others
-    const char* panels;
-    const float* bias;
-    int64_t storage, group, outputs, inputs;  // outputs: with gates, half the weight's
-};
-
-struct Layer {
+struct Layer {  // mirrored by decoder.py, as is Decoder
     Packed qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm;
     const float *q_norm, *k_norm;  // or null
@@ -31,18 +25,6 @@ struct Decoder {
     float eps;
 };
 
-Product product(const Decoder& d, const Packed& w, const float* x, float* y, const float* residual) {
-    return {x, nullptr, w.panels, w.bias, residual, y, nullptr, w.storage, w.group,
-            d.rows, w.inputs, w.outputs, w.inputs, residual ? RESIDUAL : PLAIN, d.eps};
-}
-
-Product normed(const Decoder& d, const Packed& w, const float* norm, const float* x, float* y) {
-    Product p = product(d, w, x, y, nullptr);
-    p.norm = norm;
-    p.scratch = d.normed;
-    return p;
-}
-
 void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vector<int64_t>& starts) {
     Attention a = *d.attention;
     a.q = d.qkv;
@@ -55,13 +37,13 @@ void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vec
     a.values = layer.values;
     a.out = d.attended;
     a.window = layer.window;
-    run_product(normed(d, layer.qkv, layer.attention_norm, d.hidden, d.qkv));
+    run_product(normed(product(layer.qkv, d.rows, d.hidden, d.qkv), layer.attention_norm, d.eps, d.normed));
     run_attention(a, starts);
-    run_product(product(d, layer.out, d.attended, d.middle, d.hidden));
-    Product gates = normed(d, layer.gate_up, layer.mlp_norm, d.middle, d.between);
+    run_product(product(layer.out, d.rows, d.attended, d.middle, d.hidden));
+    Product gates = normed(product(layer.gate_up, d.rows, d.middle, d.between), layer.mlp_norm, d.eps, d.normed);
     gates.epilogue = SWIGLU;
     run_product(gates);
-    run_product(product(d, layer.down, d.between, d.hidden, d.middle));
+    run_product(product(layer.down, d.rows, d.between, d.hidden, d.middle));
     if (tap < 0) return;
 #pragma omp for
     for (int64_t row = 0; row < d.rows; row++) {

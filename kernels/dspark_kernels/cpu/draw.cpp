@@ -2,7 +2,7 @@
 //
 // Philox4x32-10 and the logarithm are those of noise.py, bit for bit: single IEEE operations, nothing fused. The loops
 // over arrays of fixed size are there for the compiler to turn into vectors.
-#include "simd.h"
+#include "draw.h"
 
 using namespace dspark;
 
@@ -16,18 +16,6 @@ bool has_nan(const float* x, int64_t count) {
     int found = 0;
     for (int64_t i = 0; i < count; i++) found |= x[i] != x[i];
     return found;
-}
-
-float largest(const float* x, int64_t count) {
-    float best = -INFINITY;
-    int64_t i = 0;
-    if (count >= LANES) {
-        Vec all = load(x);
-        for (i = LANES; i + LANES <= count; i += LANES) all = vmax(load(x + i), all);
-        best = maximum(all);
-    }
-    for (; i < count; i++) best = x[i] > best ? x[i] : best;
-    return best;
 }
 
 // The first of the largest entries; the first NaN, and `nan` set, if there is one.
@@ -152,6 +140,26 @@ void contest(const float* x, int size, float temperature, const int64_t* ids, in
 
 }  // namespace
 
+int64_t dspark::draw_row(const Draw& d, int64_t row, int64_t later) {
+    const float* x = d.logits + row * d.stride;
+    const int64_t* ids = d.ids ? d.ids + row * d.ids_stride : nullptr;
+    bool nan;
+    int64_t column = argmax(x, d.width, nan);
+    Best best{-INFINITY, ids ? ids[column] : column};
+    if (nan || !(d.temperature[row] > d.greedy)) return best.token;
+    uint64_t seed = static_cast<uint64_t>(d.seed[row]);
+    Address at{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+               static_cast<uint32_t>(d.position[row] + later),
+               static_cast<uint32_t>(d.stream)};
+    auto block = [&](int64_t start) {
+        int size = static_cast<int>(start + BLOCK < d.width ? BLOCK : d.width - start);
+        contest(x + start, size, d.temperature[row], ids ? ids + start : nullptr, start, at, best);
+    };
+    block(column / BLOCK * BLOCK);  // where a high score is likely, which rules out others
+    for (int64_t start = 0; start < d.width; start += BLOCK) block(start);
+    return best.token;
+}
+
 extern "C" {
 
 void dspark_argmax(const float* x, int64_t* out, int64_t rows, int64_t width, int64_t threads) {
@@ -162,38 +170,9 @@ void dspark_argmax(const float* x, int64_t* out, int64_t rows, int64_t width, in
     }
 }
 
-struct Draw {
-    const float *logits, *temperature;  // [rows, width], [rows]
-    const int64_t *ids;  // token of each column [rows, width], or null: they are 0..width-1
-    const int64_t *seed, *position;  // [rows]
-    int64_t* out;  // [rows] tokens
-    int64_t rows, width, stride, ids_stride, stream, threads;
-    float greedy;  // temperatures up to this take the likeliest token
-};
-
-// argmax of logits / temperature + noise, the lowest token on ties; a row with NaN gives the first NaN's token.
 void dspark_draw(const Draw* task) {
     const Draw& d = *task;
 #pragma omp parallel for num_threads(d.threads) schedule(dynamic)
-    for (int64_t row = 0; row < d.rows; row++) {
-        const float* x = d.logits + row * d.stride;
-        const int64_t* ids = d.ids ? d.ids + row * d.ids_stride : nullptr;
-        bool nan;
-        int64_t column = argmax(x, d.width, nan);
-        Best best{-INFINITY, ids ? ids[column] : column};
-        if (!nan && d.temperature[row] > d.greedy) {
-            uint64_t seed = static_cast<uint64_t>(d.seed[row]);
-            Address at{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-                       static_cast<uint32_t>(d.position[row]),
-                       static_cast<uint32_t>(d.stream)};
-            auto block = [&](int64_t start) {
-                int size = static_cast<int>(start + BLOCK < d.width ? BLOCK : d.width - start);
-                contest(x + start, size, d.temperature[row], ids ? ids + start : nullptr, start, at, best);
-            };
-            block(column / BLOCK * BLOCK);  // where a high score is likely, which rules out others
-            for (int64_t start = 0; start < d.width; start += BLOCK) block(start);
-        }
-        d.out[row] = best.token;
-    }
+    for (int64_t row = 0; row < d.rows; row++) d.out[row] = draw_row(d, row);
 }
 }

@@ -21,6 +21,26 @@ struct Product {  // mirrored by native.py
     float eps;
 };
 
+struct Packed {  // a weight and its bias; mirrored by native.py
+    const char* panels;
+    const float* bias;
+    int64_t storage, group, outputs, inputs;  // outputs: with gates, half the weight's
+};
+
+// y = x W^T + b (+ residual), rows without gaps.
+inline Product product(const Packed& w, int64_t rows, const float* x, float* y, const float* residual = nullptr) {
+    return {x, nullptr, w.panels, w.bias, residual, y, nullptr, w.storage, w.group,
+            rows, w.inputs, w.outputs, w.inputs, residual ? RESIDUAL : PLAIN, 0.0f};
+}
+
+// The same after RMSNorm of x, for which there is `scratch` [rows, inputs].
+inline Product normed(Product p, const float* norm, float eps, float* scratch) {
+    p.norm = norm;
+    p.eps = eps;
+    p.scratch = scratch;
+    return p;
+}
+
 // By all threads of a parallel region; ends with a barrier.
 void run_product(const Product& p);
 

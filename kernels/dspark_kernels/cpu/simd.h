@@ -235,6 +235,18 @@ inline float maximum(Vec v) {
     return best;
 }
 
+inline float largest(const float* x, int64_t count) {  // of numbers; NaN may or may not be seen
+    float best = -INFINITY;
+    int64_t i = 0;
+    if (count >= LANES) {
+        Vec all = load(x);
+        for (i = LANES; i + LANES <= count; i += LANES) all = vmax(load(x + i), all);
+        best = maximum(all);
+    }
+    for (; i < count; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
 // e^x to about 1 unit in the last place; infinite from 88.4 up, never less than e^-87. NaN stays NaN.
 inline Vec exponential(Vec x) {
     Vec clamped = vmax(broadcast(-87.0f), vmin(broadcast(89.0f), x));  // in this order x's NaN survives on x86

@@ -1,0 +1,108 @@
+"""A head through the kernels' single calls against the same head step by step: drafts, confidences, context."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dspark_kernels import native
+from dspark_kernels.decoder import DecoderStack
+from dspark_serve.cache.store import KVStore
+from dspark_serve.drafters.heads import plan_head
+from dspark_serve.drafters.rows import DraftRows
+from tests.drafters.golden import GOLDENS, golden_runs, golden_target
+from tests.toy import make_engine, make_request, run
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="needs the C++ kernels, built by a compiler at install")
+
+
+def drafter_of(head, sampler=True, single_calls=True, draft_vocab=None):
+    plan = plan_head(GOLDENS / head, golden_target(), "coupled", None)
+    target = golden_target()
+    store = KVStore((*target.info.kv_layers, *plan.kv_layers), 40, 8)
+    drafter = plan.make(store, len(target.info.kv_layers))
+    drafter._head = replace(drafter._head, draft_vocab=draft_vocab)
+    if draft_vocab is not None:
+        drafter._drawer = replace(drafter._drawer, draft_vocab=draft_vocab)
+    if not single_calls:
+        drafter._head.__dict__["native"] = None
+    elif not sampler:
+        drafter._head.__dict__["native"] = replace(drafter._head.native, sampler=None)
+    return drafter, store
+
+
+def rows_of(temperatures):
+    """Rows in the middle of texts of different lengths."""
+    engine = make_engine(golden_target(), page_size=8, pages=40)
+    for index, temperature in enumerate(temperatures):
+        tokens = [(7 * i + 31 * index) % 500 for i in range(9 + 5 * index)]
+        request = make_request(f"r{index}", tokens, temperature=temperature, seed=index * 77, max_tokens=50)
+        engine.add(request)
+    engine.step()
+    return [replace(row, max_drafts=7) for row in engine.scheduler.plan().rows]
+
+
+def fill(store, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*store.keys, *store.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+
+TEMPERATURES = {"greedy": [0.0] * 3, "drawn": [1.0, 0.6, 1.7], "mixed": [0.0, 1.0, 0.0, 2.0]}
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("temperatures", TEMPERATURES.values(), ids=TEMPERATURES)
+def test_one_call_drafts_what_the_loop_drafts(temperatures, few):
+    ids = torch.arange(512) if few else None  # as many columns as there are tokens, by way of their ids
+    proposals = []
+    for sampler in (True, False):
+        drafter, store = drafter_of("dspark_vanilla", sampler, draft_vocab=ids)
+        assert (drafter._head.native.sampler is not None) == sampler
+        fill(store)
+        proposals.append(drafter.propose(rows_of(temperatures)))
+    ours, loop = proposals
+    assert torch.equal(ours.tokens, loop.tokens)
+    assert len(set(ours.tokens.flatten().tolist())) > 5
+    torch.testing.assert_close(ours.largest, loop.largest, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.confidence, loop.confidence, atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_drafts_alone_what_it_drafts_in_company():
+    drafter, store = drafter_of("dspark_vanilla")
+    fill(store)
+    rows = rows_of(TEMPERATURES["mixed"])
+    together = drafter.propose(rows)
+    for index, row in enumerate(rows):
+        alone = drafter.propose([row])
+        assert torch.equal(alone.tokens[0], together.tokens[index])
+        assert torch.equal(alone.confidence[0], together.confidence[index])
+        assert torch.equal(alone.largest[0], together.largest[index])
+
+
+@pytest.mark.parametrize("head", ["dspark_vanilla", "dspark_rnn", "dflash"])
+def test_block_and_context_are_those_of_the_layers(head):
+    rows, blocks, contexts = rows_of(TEMPERATURES["greedy"]), [], []
+    taps_width = len(drafter_of(head)[0].taps) * golden_target().info.hidden_size
+    taps = torch.randn(9, taps_width, generator=torch.Generator().manual_seed(1))
+    for single_calls in (True, False):
+        drafter, store = drafter_of(head, single_calls=single_calls)
+        assert (drafter._head.native is not None) == single_calls
+        assert not single_calls or isinstance(drafter._head.native.stack, DecoderStack)
+        fill(store)
+        drafter._head.write_context(taps, torch.arange(5, 14), torch.arange(40, 49), store, drafter._first_layer)
+        contexts.append(torch.cat([t.flatten() for t in (*store.keys, *store.values)]))
+        batch = DraftRows.build(rows, 8, drafter.width, "cpu")
+        blocks.append(drafter._head.block(batch, store, drafter._first_layer))
+    torch.testing.assert_close(*contexts, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(*blocks, atol=2e-4, rtol=1e-4)
+
+
+def test_a_step_with_the_sampler_serves_the_golden_text():
+    golden = golden_runs("dspark_vanilla")[0]
+    engine = make_engine(
+        golden_target(), plan_head(GOLDENS / "dspark_vanilla", golden_target(), "coupled"), page_size=8
+    )
+    request = make_request("r", golden["input_ids"], temperature=0.0, max_tokens=golden["max_new_tokens"])
+    got = run(engine, [request])
+    assert got.tokens["r"][: len(golden["output_ids"])] == golden["output_ids"][: golden["max_new_tokens"]]
