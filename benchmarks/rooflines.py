@@ -194,7 +194,7 @@ def _qwen(layers: int, head: bool, extra: float = 0.0) -> Network:
 
 
 def _flash(layers: int, own_embedding: bool) -> Network:
-    """Experts at four bits with their scales, the rest at eight; K/V of one compressed head, a few of its layers full."""
+    """Experts at four bits with their scales, the rest at eight; K/V of one head, most of it compressed."""
     return Network(
         layers,
         4096,

@@ -8,10 +8,12 @@ simulator against this machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,12 +171,12 @@ def run_cell(scene: Scene, arm: str, concurrency: int, work: Work) -> Outcome:
     return serve(engine, requests_of(work, count), concurrency, warm=concurrency)
 
 
-def entry(outcome: Outcome, none: Outcome) -> dict[str, Any]:
+def entry(outcome: Outcome, none: Outcome, load: int) -> dict[str, Any]:
     rows = max(outcome.row_steps, 1)
     return {
         "tokens_per_s": outcome.tokens_per_s,
         "of_none": outcome.tokens_per_s / none.tokens_per_s,
-        "per_user": float(np.mean(outcome.per_user)) if outcome.per_user else None,
+        "per_user": outcome.tokens_per_s / load,  # as many are served at any moment
         "verified_per_row": 1 + outcome.kept / rows,
         "accepted_per_row": 1 + outcome.accepted / rows,
         "drafting": outcome.drafting / rows,
@@ -183,13 +185,17 @@ def entry(outcome: Outcome, none: Outcome) -> dict[str, Any]:
     }
 
 
-def sweep_loads(scene: Scene, arms: list[str], loads: list[int], work: Work) -> dict[str, dict[str, Any]]:
-    """Every arm at every load -> by load, by arm."""
+def sweep_loads(scene: Scene, arms: list[str], loads: list[int], work: Work, jobs: int) -> dict[str, dict[str, Any]]:
+    """Every arm at every load -> by load, by arm. `jobs`: processes, as cells have nothing in common."""
+    names = list(dict.fromkeys([NONE, *arms]))
+    grid = [(scene, arm, load, work) for load in loads for arm in names]
     found: dict[str, dict[str, Any]] = {}
-    for load in loads:
-        outcomes = {arm: run_cell(scene, arm, load, work) for arm in dict.fromkeys([NONE, *arms])}
-        found[str(load)] = {arm: entry(outcomes[arm], outcomes[NONE]) for arm in outcomes}
-        show(load, found[str(load)])
+    with ProcessPoolExecutor(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
+        outcomes = iter((map if pool is None else pool.map)(run_cell, *zip(*grid, strict=True)))
+        for load in loads:
+            here = {arm: next(outcomes) for arm in names}
+            found[str(load)] = {arm: entry(outcome, here[NONE], load) for arm, outcome in here.items()}
+            show(load, found[str(load)])
     return found
 
 
@@ -197,10 +203,9 @@ def show(load: int, table: dict[str, Any]) -> None:
     best = max((row["tokens_per_s"] for arm, row in table.items() if arm.startswith("fixed")), default=None)
     print(f"  concurrency {load}")
     for arm, row in table.items():
-        speed = "      -" if row["per_user"] is None else f"{row['per_user']:7.1f}"
         line = (
-            f"    {arm:8} {row['tokens_per_s']:10.0f} tokens/s   of none {row['of_none']:5.3f}   per user {speed}"
-            f"   verified {row['verified_per_row']:.2f}   came out {row['accepted_per_row']:.2f} per request and step"
+            f"    {arm:8} {row['tokens_per_s']:10.0f} tokens/s   of none {row['of_none']:5.3f}"
+            f"   per user {row['per_user']:7.1f}   verified {row['verified_per_row']:.2f}   came out {row['accepted_per_row']:.2f} per request and step"
         )
         if arm == AUTO and best is not None:
             line += f"   of the best fixed {row['tokens_per_s'] / best:.3f}"
@@ -266,7 +271,9 @@ def assumptions(options: argparse.Namespace, work: Work) -> dict[str, Any]:
         "simulated": "the target's passes, the drafts, whether they are accepted, and the clock",
         "left_out": "host time of the server, network, prompts (see work), uneven choice of experts",
         "device": None if options.profile is not None else asdict(DEVICES[options.device]),
-        "acceptance": str(options.trace) if options.trace is not None else f"accepted lengths {options.lengths} of "
+        "acceptance": str(options.trace)
+        if options.trace is not None
+        else f"accepted lengths {options.lengths} of "
         f"blocks of {PAPER_WIDTH}, one per kind of request (default: the DSpark paper's of Qwen3-4B at T=1); the same "
         "odds per slot for other widths, mtp-1 included; confidences are the odds that outcomes are drawn with",
         "work": asdict(work),
@@ -292,13 +299,14 @@ def simulate(options: argparse.Namespace, work: Work) -> dict[str, Any]:
         if unknown:
             raise ValueError(f"no such arm here: {', '.join(sorted(unknown))}; there are {', '.join(scene.arms)}")
         loads = options.concurrency or LOADS.get(scene.name, [1, 4, 16, 64])
-        found = sweep_loads(scene, arms, loads[:: 2 if options.quick else 1], work)
+        found = sweep_loads(scene, arms, loads[:: 2 if options.quick else 1], work, options.jobs)
         results[scene.name] = {"about": scene.about, "loads": found, **conclude(found)}
         requests += sum(row["requests"] for by in found.values() for row in by.values())
         gc.collect()
     gc.enable()
     took_s = time.perf_counter() - began
-    print(f"\n{requests} requests simulated in {took_s:.1f} s: 100,000 in {1e5 * took_s / requests:.0f} s")
+    rate = f"100,000 in {1e5 * took_s / requests:.0f} s"
+    print(f"\n{requests} requests simulated in {took_s:.1f} s by {options.jobs} process(es): {rate}")
     return {"scenes": results, "requests": requests, "wall_s": took_s}
 
 
@@ -317,6 +325,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="mean")
     parser.add_argument("--prefill", action="store_true", help="prompts are computed, not found in the prefix cache")
     parser.add_argument("--noise", type=float, default=0.02, help="of durations, in logarithms")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="every other load, fewer requests; validation: one round")
     parser.add_argument("--validate", action="store_true", help="simulated against measured, on this machine")
@@ -325,8 +334,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if min(options.concurrency or [1]) < 1:
-        parser.error("--concurrency must be at least 1")
+    if min([options.jobs, *(options.concurrency or [])]) < 1:
+        parser.error("--concurrency and --jobs must be at least 1")
     if options.record is not None and not options.validate:
         parser.error("--record keeps what --validate records")
     return options

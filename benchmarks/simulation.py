@@ -10,7 +10,7 @@ import bisect
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from rooflines import Machine
 
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import sigmoid
+from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, StepReport
@@ -32,7 +33,8 @@ Ints = npt.NDArray[np.int64]
 # Of the logit of acceptance: by request, by block, by slot. With these the stated survival tells accepted prefixes from
 # others with an AUC of 0.85 to 0.9 (the paper: 0.81 to 0.91).
 SPREAD = (0.4, 0.8, 0.8)
-_SAMPLES = 2048  # blocks from which an accepted length is computed
+_SAMPLES = 4096  # blocks that there are, and from which an accepted length is computed
+_WIDEST = 16
 _FORMAT = 1
 
 
@@ -73,34 +75,34 @@ def logit_for(accepted_length: float, width: int) -> float:
 class SyntheticDrafts:
     """Made-up acceptance: every request is of one kind, every block and slot easier or harder than others.
 
-    The stated confidence is the probability that the outcome is drawn with, shifted by `bias` in logits.
+    What becomes of a block depends on the request, its place in the answer and the seed alone, so that all arms face
+    the same. The stated confidence is the probability that the outcome is drawn with, shifted by `bias` in logits.
     """
 
     def __init__(self, logits: Sequence[float], width: int, seed: int, bias: float = 0.0, costly: str = "head") -> None:
+        if not 1 <= width <= _WIDEST:
+            raise ValueError(f"blocks of 1 to {_WIDEST} drafts can be simulated, not of {width}")
         self.width, self.costly = width, costly
-        self._logits, self._bias = list(logits), bias
-        self._draw = np.random.default_rng(seed)
-        self._own: dict[str, float] = {}
+        self._bias = bias
+        draw = np.random.default_rng(seed)
+        blocks, requests = draw.normal(0, SPREAD[1], (_SAMPLES, 1)), draw.normal(0, SPREAD[0], _SAMPLES)
+        self._slots: Floats = blocks + draw.normal(0, SPREAD[2], (_SAMPLES, _WIDEST))  # [samples, widest]
+        self._luck: Floats = draw.random((_SAMPLES, _WIDEST))
+        self._own = [logits[index % len(logits)] + own for index, own in enumerate(requests.tolist())]
 
     def propose(self, rows: Sequence[Row]) -> tuple[Proposal, Ints]:
-        shape = (len(rows), self.width)
-        own = np.array([self._of(row.request) for row in rows])[:, None]
-        block = self._draw.normal(0, SPREAD[1], (len(rows), 1))
-        logits = own + block + self._draw.normal(0, SPREAD[2], shape)
-        right = np.logical_and.accumulate(self._draw.random(shape) < sigmoid(logits), axis=1).sum(1)
-        limits = tuple(min(self.width, row.max_drafts) for row in rows)
-        confidence = torch.from_numpy(sigmoid(logits + self._bias))
-        return Proposal(torch.zeros(shape, dtype=torch.int64), limits, confidence=confidence), right
-
-    def _of(self, request: Request) -> float:
-        own = self._own.get(request.request_id)
-        if own is None:
-            kind = int(self._draw.integers(len(self._logits)))
-            own = self._own[request.request_id] = self._logits[kind] + float(self._draw.normal(0, SPREAD[0]))
-        return own
+        # Two strides without a common divisor with the number of samples: neighbours in either sense share nothing.
+        place = np.array([(row.request.arrival * 9973 + row.start * 31) % _SAMPLES for row in rows])
+        own = np.array([self._own[row.request.arrival % _SAMPLES] for row in rows])[:, None]
+        logits = own + self._slots[place, : self.width]
+        odds = sigmoid(logits)
+        right = np.logical_and.accumulate(self._luck[place, : self.width] < odds, axis=1).sum(1)
+        limits = tuple([min(self.width, row.max_drafts) for row in rows])
+        confidence = torch.from_numpy(sigmoid(logits + self._bias) if self._bias else odds)
+        return Proposal(torch.zeros(logits.shape, dtype=torch.int64), limits, confidence=confidence), right
 
     def release(self, request_id: str) -> None:
-        self._own.pop(request_id, None)
+        pass
 
 
 @dataclass(frozen=True)
@@ -156,22 +158,35 @@ def _round(stored: list[Any]) -> Round:
 
 
 class Recording:
-    """A budget that notes what becomes of drafts on their way through another. Whole blocks only: wrap `KeepAll`."""
+    """A budget with a look at what passes through another. Acceptance is whole only where that is `KeepAll`.
 
-    def __init__(self, budget: Budget, trace: Trace) -> None:
-        self._budget, self.trace = budget, trace
-        self.choose, self.admit, self.release = budget.choose, budget.admit, budget.release
+    costs: held against the duration of every step; it does not learn from them.
+    """
 
-    def learn(self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: dict[str, float]) -> Any:
+    def __init__(self, budget: Budget, trace: Trace, costs: CostModel) -> None:
+        self._budget, self.trace, self._costs = budget, trace, costs
+        self._slower: list[float] = []
+        self.admit, self.choose, self.release = budget.admit, budget.choose, budget.release
+
+    @property
+    def slowdown(self) -> float:
+        """Measured over predicted time of a step, the median."""
+        return statistics.median(self._slower)
+
+    def learn(self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]) -> Any:
+        drafted = [(row, result) for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
         largest = None if proposal.largest is None else proposal.largest.tolist()
-        drafted = [(row, result) for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         for index, (row, result) in enumerate(drafted):
             count, at = result.n_draft, row.start - row.request.num_prompt
             said = (0.5,) * count if confidence is None else tuple(confidence[index][:count])
             peak = () if largest is None else tuple(largest[index][:count])
             made = Round(at, result.drafter, len(result.tokens) - 1, said, peak)
             self.trace.rounds.setdefault(row.request.request_id, []).append(made)
+        tokens, context = sum(row.length for row in plan.rows), sum(row.start + row.length for row in plan.rows)
+        kept = sum(result.n_kept for result in results)
+        predicted_ms = self._costs.step_ms(tokens + kept, len(plan.rows), context, _greedy(plan.rows))
+        self._slower.append(sum(ms for phase, ms in phase_ms.items() if phase != "propose") / predicted_ms)
         return self._budget.learn(plan, proposal, results, phase_ms)
 
 
@@ -269,9 +284,10 @@ class SimulatedEngine:
         for row in plan.rows:
             tokens += row.length
             context += row.start
-        return self.machine.step_ms(
-            tokens + kept, len(plan.rows), context + tokens, _greedy(plan.rows)
-        ) * self._disturbance()
+        return (
+            self.machine.step_ms(tokens + kept, len(plan.rows), context + tokens, _greedy(plan.rows))
+            * self._disturbance()
+        )
 
     def _draft_ms(self, rows: Sequence[Row], proposal: Proposal) -> float:
         if proposal.drafters is not None:
@@ -305,7 +321,6 @@ class Outcome:
     accepted: int = 0
     drafting: int = 0  # rows that drafted, over all steps
     requests: int = 0  # finished, those before included
-    per_user: list[float] = field(default_factory=list)  # tokens per second of each request
     misses: list[float] = field(default_factory=list)  # relative error of predicted step times
 
     @property
@@ -334,17 +349,17 @@ def serve(
     Stops when there is no further request to begin, so that the load is the same throughout; `drain` serves the rest.
     """
     supply, outcome = iter(requests), Outcome()
-    began: dict[str, tuple[float, int]] = {}
+    running: set[str] = set()
     exhausted = False
     while True:
-        while not exhausted and len(began) < concurrency:
+        while not exhausted and len(running) < concurrency:
             request = next(supply, None)
             if request is None:
                 exhausted = True
             else:
                 engine.scheduler.add(request)
-                began[request.request_id] = engine.now_ms, request.max_new_tokens
-        if not began or (exhausted and not drain):
+                running.add(request.request_id)
+        if not running or (exhausted and not drain):
             break
         report = engine.step()
         counted = outcome.requests >= warm
@@ -353,11 +368,9 @@ def serve(
         for delta in report.deltas:
             outcome.tokens += counted * len(delta.token_ids)
             if delta.finish_reason is not None:
-                since_ms, tokens = began.pop(delta.request_id)
+                running.remove(delta.request_id)
                 outcome.requests += 1
-                if counted:
-                    outcome.per_user.append(tokens / (engine.now_ms - since_ms) * 1e3)
-    for request_id in began:
+    for request_id in sorted(running):
         engine.scheduler.cancel(request_id)
     if not outcome.tokens:
         raise ValueError(f"too few requests for concurrency {concurrency}: nothing was served after the first {warm}")

@@ -20,7 +20,7 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import SECONDS, Rig, sweep
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
-from dspark_serve.speculation.cost import CostModel, Profile
+from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
 from dspark_serve.types import Request, SamplingParams
 
@@ -29,17 +29,19 @@ WITHIN = 0.1  # what the simulator is to keep to
 
 
 class Shadow:
-    """A real engine's settings, from which simulated engines and new budgets are made."""
+    """A real engine's settings, from which simulated engines and new budgets are made; measures what it costs.
 
-    def __init__(self, engine: Engine, seconds: float) -> None:
-        self.engine = engine
-        self._auto = engine.budget.calibrator if isinstance(engine.budget, AutoBudget) else None
+    calibrator: whose settings new budgets get; None where nothing is drafted.
+    """
+
+    def __init__(self, engine: Engine, calibrator: Calibrator | None, seconds: float) -> None:
+        self.engine, self._calibrator = engine, calibrator
         rig = Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner)
         self.profile = sweep(rig, self.costly or None, seconds)
 
     @property
     def costly(self) -> str:
-        return self._auto.head if self._auto is not None else ""
+        return self._calibrator.head if self._calibrator is not None else ""
 
     def costs(self) -> CostModel:
         scheduler = self.engine.scheduler
@@ -47,9 +49,9 @@ class Shadow:
 
     def budget(self) -> AutoBudget:
         """A budget that has learned nothing yet."""
-        if self._auto is None:
+        if self._calibrator is None:
             raise ValueError("this engine drafts nothing, so there is no budget to simulate")
-        old, name = self._auto, self.engine.info.drafter
+        old, name = self._calibrator, self.engine.info.drafter
         calibrator = Calibrator(old.mode, old.width, old.stored, head=old.head, adaptive=old.adaptive)
         lookup = name == "portfolio"
         return AutoBudget(self.costs(), calibrator, drafter=name, costly=old.head or None, lookup=lookup)
@@ -79,54 +81,70 @@ def _requests(items: list[Item], prefix: str = "") -> Iterator[Request]:
         yield Request(f"{prefix}{index}", item.prompt, params, seed=item.seed)
 
 
-def record(arms: Arms, costly: str, items: list[Item], concurrency: int) -> tuple[Trace, float]:
-    """Rounds of these requests by their number, and tokens per second, with every block verified whole."""
-    trace = Trace(costly, arms.drafting.drafter.width)
-    arms.budgets[FULL] = Recording(KeepAll(), trace)
-    rate = arms.serve(FULL, items, [0.0] * len(items), concurrency).rate
-    # The engine's ids count up; the recording knows requests by their place in the workload.
-    in_order = sorted(trace.rounds, key=int)
-    if len(in_order) != len(items):
+class Pair:
+    """One arm's measured and simulated tokens per second, round by round, and how slow its steps were by then."""
+
+    def __init__(self) -> None:
+        self.measured: list[float] = []
+        self.simulated: list[float] = []
+        self.slowdown: list[float] = []
+
+    def table(self) -> dict[str, float]:
+        ratios = [b / a for a, b in zip(self.measured, self.simulated, strict=True)]
+        return {
+            "measured": statistics.median(self.measured),
+            "simulated": statistics.median(self.simulated),
+            "ratio": statistics.median(ratios),
+            "slowdown": statistics.median(self.slowdown),
+            "ratio_less_drift": statistics.median(b / a for a, b in zip(self.slowdown, ratios, strict=True)),
+        }
+
+
+def measure(
+    arms: Arms, arm: str, shadow: Shadow, budget: Budget, items: list[Item], most: int
+) -> tuple[float, Recording]:
+    """Tokens per second of the real engine under `budget`, and what was seen on the way."""
+    seen = Recording(budget, Trace(shadow.costly, shadow.engine.drafter.width), shadow.costs())
+    if arm == NONE:
+        arms.plain.budget = seen
+    else:
+        arms.budgets[arm] = seen
+    return arms.serve(arm, items, [0.0] * len(items), most).rate, seen
+
+
+def by_number(trace: Trace, count: int) -> Trace:
+    """The same with requests named by their place in the workload: the engine's ids count up."""
+    if len(trace.rounds) != count:
         raise ValueError("requests of a token or two draft nothing; ask for more new tokens")
-    trace.rounds = {str(index): trace.rounds[name] for index, name in enumerate(in_order)}
-    return trace, rate
+    in_order = sorted(trace.rounds, key=int)
+    return replace(trace, rounds={str(index): trace.rounds[name] for index, name in enumerate(in_order)})
 
 
 def compare(
     arms: Arms, shadows: dict[str, Shadow], items: list[Item], concurrency: int, rounds: int
 ) -> tuple[dict[str, Any], Trace]:
     """Measured and simulated tokens per second of each arm; rounds take turns, of which the medians are compared."""
-    measured: dict[str, list[float]] = {NONE: [], FULL: [], AUTO: []}
-    simulated: dict[str, list[float]] = {NONE: [], FULL: [], AUTO: []}
-    slowdowns: list[float] = []
-    plain, drafting = shadows[NONE], shadows[AUTO]
+    pairs = {NONE: Pair(), FULL: Pair(), AUTO: Pair()}
     for turn in range(rounds):
         chosen = [items[(turn * concurrency * 2 + i) % len(items)] for i in range(max(2, concurrency * 2))]
-        for name in (NONE, AUTO):  # so that all arms find their prompts in the prefix cache
-            arms.serve(name, [replace(item, new_tokens=1) for item in chosen], [0.0] * len(chosen), concurrency)
-        trace, rate = record(arms, drafting.costly, chosen, concurrency)
-        measured[FULL].append(rate)
-        measured[NONE].append(arms.serve(NONE, chosen, [0.0] * len(chosen), concurrency).rate)
-        arms.budgets[AUTO] = budget = drafting.budget()
-        measured[AUTO].append(arms.serve(AUTO, chosen, [0.0] * len(chosen), concurrency).rate)
-        slowdowns.append(budget.cost.slowdown)
-        for name, shadow, chooses in (
-            (NONE, plain, KeepAll()),
-            (FULL, drafting, KeepAll()),
-            (AUTO, drafting, drafting.budget()),
-        ):
-            simulated[name].append(shadow.simulated(chooses, trace, chosen, concurrency))
-    table: dict[str, Any] = {
-        name: {
-            "measured": statistics.median(measured[name]),
-            "simulated": statistics.median(simulated[name]),
-            "ratio": statistics.median(b / a for a, b in zip(measured[name], simulated[name], strict=True)),
-        }
-        for name in measured
-    }
-    table["slowdown"] = statistics.median(slowdowns)
-    table["accepted_length"] = trace.accepted_length
-    return table, trace
+        for arm in (NONE, FULL):  # so that all arms find their prompts in the prefix cache
+            first = [replace(item, new_tokens=1) for item in chosen]
+            measure(arms, arm, shadows[NONE if arm == NONE else AUTO], KeepAll(), first, concurrency)
+        trace = Trace("", 0)
+        for arm, pair in pairs.items():
+            shadow = shadows[NONE if arm == NONE else AUTO]
+            budget = shadow.budget() if arm == AUTO else KeepAll()
+            rate, seen = measure(arms, arm, shadow, budget, chosen, concurrency)
+            pair.measured.append(rate)
+            pair.slowdown.append(seen.slowdown)
+            if arm == FULL:
+                trace = by_number(seen.trace, len(chosen))
+        for arm, pair in pairs.items():
+            shadow = shadows[NONE if arm == NONE else AUTO]
+            budget = shadow.budget() if arm == AUTO else KeepAll()
+            pair.simulated.append(shadow.simulated(budget, trace, chosen, concurrency))
+    table: dict[str, Any] = {arm: pair.table() for arm, pair in pairs.items()}
+    return {**table, "accepted_length": trace.accepted_length}, trace
 
 
 def validate(
@@ -134,24 +152,29 @@ def validate(
 ) -> dict[str, Any]:
     """Prints and returns measured and simulated throughput at each concurrency; `keep`: where the last trace goes."""
     arms = Arms(0.6, [])
+    if not isinstance(arms.drafting.budget, AutoBudget):
+        raise ValueError("the default model is served without its head here, so there is no budget to simulate")
+    calibrator = arms.drafting.budget.calibrator
     supply = workloads(arms, None, new_tokens, greedy=False)["sample"]
-    shadows = {NONE: Shadow(arms.plain, seconds), AUTO: Shadow(arms.drafting, seconds)}
     found: dict[str, Any] = {}
     for load in loads:
-        table, trace = compare(arms, shadows, supply, load, rounds)
-        found[str(load)] = table
-        print(
-            f"  concurrency {load}; {table['accepted_length']:.2f} tokens per whole block; at the end the machine was "
-            f"{table['slowdown']:.2f} times as slow as when it was profiled"
-        )
-        for name in (NONE, FULL, AUTO):
-            row = table[name]
-            verdict = "within" if abs(row["ratio"] - 1) <= WITHIN else "NOT within"
-            print(
-                f"    {name:8} measured {row['measured']:8.1f} tokens/s   simulated {row['simulated']:8.1f}"
-                f"   ratio {row['ratio']:.3f}, {verdict} {WITHIN:.0%}",
-                flush=True,
-            )
+        # Anew for each load: on a shared machine what was measured minutes ago is another machine's.
+        shadows = {NONE: Shadow(arms.plain, None, seconds), AUTO: Shadow(arms.drafting, calibrator, seconds)}
+        found[str(load)], trace = compare(arms, shadows, supply, load, rounds)
+        show(load, found[str(load)])
         if keep is not None:
             trace.save(keep)
     return found
+
+
+def show(load: int, table: dict[str, Any]) -> None:
+    print(f"  concurrency {load}; {table['accepted_length']:.2f} tokens per whole block")
+    for arm in (NONE, FULL, AUTO):
+        row = table[arm]
+        verdict = "within" if abs(row["ratio"] - 1) <= WITHIN else "NOT within"
+        print(
+            f"    {arm:8} measured {row['measured']:8.1f} tokens/s   simulated {row['simulated']:8.1f}"
+            f"   ratio {row['ratio']:.3f}, {verdict} {WITHIN:.0%}; steps took {row['slowdown']:.2f} times what was "
+            f"profiled, without that {row['ratio_less_drift']:.3f}",
+            flush=True,
+        )
