@@ -153,13 +153,13 @@ def requests_of(work: Work, count: int) -> Iterator[Request]:
 def run_cell(scene: Scene, arm: str, concurrency: int, work: Work) -> Outcome:
     """One arm at one concurrency. Deterministic, given `work`."""
     length = work.prompt_tokens + 2 * work.new_tokens
-    pages = min(scene.kv_tokens // PAGE, 2 * concurrency * (length // PAGE + 2)) + 1
+    pages = min(scene.kv_tokens // PAGE, max(64, 2 * concurrency * (length // PAGE + 2))) + 1
     drafts = scene.drafts(arm, work.seed)
     scheduler = Scheduler(
         PagePool(pages, PAGE, prefix_caching=not work.prefill),
         max_num_seqs=concurrency,
         max_num_batched_tokens=max(2048, concurrency * (scene.width(arm) + 1)),
-        max_model_len=length,
+        max_model_len=max(length, 4096),  # or a server could not measure the shapes that it would
         max_queue=concurrency + 1,
         vocab_size=2,
         draft_width=0 if arm == NONE else scene.width(arm),
@@ -205,10 +205,11 @@ def show(load: int, table: dict[str, Any]) -> None:
     for arm, row in table.items():
         line = (
             f"    {arm:8} {row['tokens_per_s']:10.0f} tokens/s   of none {row['of_none']:5.3f}"
-            f"   per user {row['per_user']:7.1f}   verified {row['verified_per_row']:.2f}   came out {row['accepted_per_row']:.2f} per request and step"
+            f"   per user {row['per_user']:7.1f}   per request and step: {row['verified_per_row']:.2f} verified, "
+            f"{row['accepted_per_row']:.2f} came out"
         )
         if arm == AUTO and best is not None:
-            line += f"   of the best fixed {row['tokens_per_s'] / best:.3f}"
+            line += f"; of the best fixed {row['tokens_per_s'] / best:.3f}"
         print(line, flush=True)
 
 
