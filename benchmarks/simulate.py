@@ -52,6 +52,7 @@ class Work:
     prefill: bool = False  # prompts are computed; else they are found in the prefix cache but for their last token
     noise: float = 0.02  # of durations, in logarithms
     seed: int = 0
+    long_sweep: bool = False  # see `sampled`
 
     def __post_init__(self) -> None:
         if min(self.requests, self.prompt_tokens, self.new_tokens) < 1 or self.noise < 0:
@@ -118,20 +119,27 @@ def profile_scene(path: Path, lengths: tuple[float, ...], trace: Trace | None) -
     return Scene("profile", about, {AUTO: machine}, {NONE: 0, AUTO: width}, 1 << 22, lengths, trace, profile)
 
 
-def sampled(machine: Machine, scheduler: Scheduler, width: int) -> Profile:
-    """What a server on this machine would have measured at start-up: the same shapes, without their noise."""
+def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool = False) -> Profile:
+    """What a server on this machine would have measured at start-up: the same shapes, without their noise.
+
+    long_sweep: prompt chunks up to the largest step that can come as well, which a server leaves to extrapolation.
+    """
     wanted = shapes(SimpleNamespace(drafter=SimpleNamespace(width=width), scheduler=scheduler))  # type: ignore[arg-type]
     steps = [Point(s.tokens, s.rows, s.keys, machine.step_ms(s.tokens, s.rows, s.keys)) for s in wanted]
+    tokens = max(point.count for point in steps)
+    while long_sweep and tokens < scheduler.max_num_batched_tokens:
+        tokens = min(2 * tokens, scheduler.max_num_batched_tokens)
+        steps.append(Point(tokens, 1, tokens, machine.step_ms(tokens, 1, tokens)))
     decoding = [s for s in wanted if s.chunk == 1]
     drafts = [Point(s.rows, s.rows, s.keys, machine.draft_ms(s.rows, s.keys)) for s in decoding]
     return Profile(tuple(steps), tuple(point for point in drafts if point.ms > 0))
 
 
-def budget_for(arm: str, scene: Scene, scheduler: Scheduler, costly: str) -> Budget:
+def budget_for(arm: str, scene: Scene, scheduler: Scheduler, costly: str, long_sweep: bool = False) -> Budget:
     if arm != AUTO:
         return FixedBudget(int(arm.split()[1])) if arm.startswith("fixed") else KeepAll()
     width = scene.width(arm)
-    profile = scene.profile or sampled(scene.machine(arm), scheduler, width)
+    profile = scene.profile or sampled(scene.machine(arm), scheduler, width, long_sweep)
     costs = CostModel(profile, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
     lookup = scene.trace is not None and any(
         each.drafter != costly for mine in scene.trace.rounds.values() for each in mine
@@ -164,7 +172,7 @@ def run_cell(scene: Scene, arm: str, concurrency: int, work: Work) -> Outcome:
         vocab_size=2,
         draft_width=0 if arm == NONE else scene.width(arm),
     )
-    budget = budget_for(arm, scene, scheduler, drafts.costly)
+    budget = budget_for(arm, scene, scheduler, drafts.costly, work.long_sweep)
     engine = SimulatedEngine(scheduler, budget, drafts, scene.machine(arm), work.noise, work.seed)
     count = concurrency + max(work.requests, 2 * concurrency)
     # The requests that begin together also end together; by then others have taken their places out of step.
@@ -325,6 +333,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=513)
     parser.add_argument("--new-tokens", type=int, default=64, help="mean")
     parser.add_argument("--prefill", action="store_true", help="prompts are computed, not found in the prefix cache")
+    parser.add_argument("--long-sweep", action="store_true", help="the budget knows the costs of the largest steps too")
     parser.add_argument("--noise", type=float, default=0.02, help="of durations, in logarithms")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
@@ -345,7 +354,13 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     work = Work(
-        options.requests, options.prompt_tokens, options.new_tokens, options.prefill, options.noise, options.seed
+        options.requests,
+        options.prompt_tokens,
+        options.new_tokens,
+        options.prefill,
+        options.noise,
+        options.seed,
+        options.long_sweep,
     )
     if options.quick:
         work = replace(work, requests=min(work.requests, 60))
