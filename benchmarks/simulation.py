@@ -1,0 +1,379 @@
+"""An engine in virtual time: the real scheduler, page pool, budget, cost model and calibration around two stand-ins.
+
+What stands in: a source of drafts that knows which of them the target would accept, and a machine that says what a step
+takes instead of taking it. Must not know: where machines and traces come from, what is made of the outcome.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rooflines import Machine
+
+from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.speculation.calibrate import sigmoid
+from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.policies import Budget
+from dspark_serve.tensors import Proposal
+from dspark_serve.types import Plan, Request, Row, RowResult, StepReport
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# Of the logit of acceptance: by request, by block, by slot. With these the stated survival tells accepted prefixes from
+# others with an AUC of 0.80 to 0.84 by slot, 0.845 over all (the paper: 0.81 to 0.91).
+SPREAD = (0.4, 0.8, 0.8)
+_SAMPLES = 4096  # blocks that there are, and from which an accepted length is computed
+_WIDEST = 16
+_FORMAT = 1
+
+
+class Drafts(Protocol):
+    """A drafter that also knows the future."""
+
+    @property
+    def costly(self) -> str:
+        """Name, in proposals, of the drafter that takes a pass of a model."""
+        ...
+
+    def propose(self, rows: Sequence[Row]) -> tuple[Proposal, Ints]:
+        """Drafts without tokens, and how many of each row's the target would accept, had all been kept [rows]."""
+        ...
+
+    def release(self, request_id: str) -> None: ...
+
+
+def mean_accepted(logit: float, width: int) -> float:
+    """Tokens per step of full blocks, the bonus token included, where acceptance is spread around `logit`."""
+    draw = np.random.default_rng(0)
+    request, block = draw.normal(0, SPREAD[0], (_SAMPLES, 1)), draw.normal(0, SPREAD[1], (_SAMPLES, 1))
+    slots = draw.normal(0, SPREAD[2], (_SAMPLES, width))
+    return 1 + float(sigmoid(logit + request + block + slots).cumprod(1).sum(1).mean())
+
+
+@cache
+def logit_for(accepted_length: float, width: int) -> float:
+    """The logit of acceptance, alike in all slots, at which blocks of `width` give `accepted_length`."""
+    if not 1 < accepted_length < width + 1:
+        raise ValueError(f"{width} drafts give between 1 and {width + 1} tokens per step, not {accepted_length}")
+    low, high = -12.0, 12.0
+    for _ in range(16):  # down to 4e-4
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_accepted(middle, width) < accepted_length else (low, middle)
+    return (low + high) / 2
+
+
+class SyntheticDrafts:
+    """Made-up acceptance: every request is of one kind, every block and slot easier or harder than others.
+
+    What becomes of a block depends on the request, its place in the answer and the seed alone, so that all arms face
+    the same. The stated confidence is the probability that the outcome is drawn with, shifted by `bias` in logits.
+    """
+
+    def __init__(self, logits: Sequence[float], width: int, seed: int, bias: float = 0.0, costly: str = "head") -> None:
+        if not 1 <= width <= _WIDEST:
+            raise ValueError(f"blocks of 1 to {_WIDEST} drafts can be simulated, not of {width}")
+        self.width, self.costly = width, costly
+        self._bias = bias
+        draw = np.random.default_rng(seed)
+        blocks, requests = draw.normal(0, SPREAD[1], (_SAMPLES, 1)), draw.normal(0, SPREAD[0], _SAMPLES)
+        self._slots: Floats = blocks + draw.normal(0, SPREAD[2], (_SAMPLES, _WIDEST))  # [samples, widest]
+        self._luck: Floats = draw.random((_SAMPLES, _WIDEST))
+        self._own = [logits[index % len(logits)] + own for index, own in enumerate(requests.tolist())]
+
+    def propose(self, rows: Sequence[Row]) -> tuple[Proposal, Ints]:
+        # Two strides without a common divisor with the number of samples: neighbours in either sense share nothing.
+        place = np.array([(row.request.arrival * 9973 + row.start * 31) % _SAMPLES for row in rows])
+        own = np.array([self._own[row.request.arrival % _SAMPLES] for row in rows])[:, None]
+        logits = own + self._slots[place, : self.width]
+        odds = sigmoid(logits)
+        right = np.logical_and.accumulate(self._luck[place, : self.width] < odds, axis=1).sum(1)
+        limits = tuple([min(self.width, row.max_drafts) for row in rows])
+        confidence = torch.from_numpy(sigmoid(logits + self._bias) if self._bias else odds)
+        return Proposal(torch.zeros(logits.shape, dtype=torch.int64), limits, confidence=confidence), right
+
+    def release(self, request_id: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Round:
+    """One recorded draft. `at`: its anchor's place in the answer, -1 for the prompt's end; `accepted`: of the block."""
+
+    at: int
+    drafter: str
+    accepted: int
+    confidence: tuple[float, ...]  # one per draft
+    largest: tuple[float, ...] = ()
+
+
+@dataclass
+class Trace:
+    """What a real engine's drafts came to where every block was verified whole: rounds by request, in order."""
+
+    costly: str
+    width: int
+    rounds: dict[str, list[Round]] = field(default_factory=dict)
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens per round, the bonus token included."""
+        return 1 + statistics.mean(each.accepted for rounds in self.rounds.values() for each in rounds)
+
+    def save(self, path: Path) -> None:
+        rounds = {name: [list(vars(each).values()) for each in mine] for name, mine in self.rounds.items()}
+        stored = {"format": _FORMAT, "costly": self.costly, "width": self.width, "rounds": rounds}
+        path.write_text(json.dumps(stored) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> Trace:
+        """Raises ValueError, in one sentence, for what is no trace."""
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != _FORMAT:
+                raise ValueError(f"format {stored['format']} is not {_FORMAT}")
+            rounds = {name: [_round(each) for each in mine] for name, mine in stored["rounds"].items()}
+            if not all(rounds.values()) or not rounds:
+                raise ValueError("it holds a request without rounds, or none at all")
+            return Trace(str(stored["costly"]), int(stored["width"]), rounds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no acceptance trace: {error}") from None
+
+
+def _round(stored: list[Any]) -> Round:
+    at, drafter, accepted, confidence, largest = stored
+    made = Round(at, drafter, accepted, tuple(confidence), tuple(largest))
+    if not 0 <= accepted <= len(confidence):
+        raise ValueError(f"a round accepts {accepted} of {len(confidence)} drafts")
+    return made
+
+
+class Recording:
+    """A budget with a look at what passes through another. Acceptance is whole only where that is `KeepAll`.
+
+    costs: held against the duration of every step; it does not learn from them.
+    """
+
+    def __init__(self, budget: Budget, trace: Trace, costs: CostModel) -> None:
+        self._budget, self.trace, self._costs = budget, trace, costs
+        self._slower: list[float] = []
+        self.admit, self.choose, self.release = budget.admit, budget.choose, budget.release
+
+    @property
+    def slowdown(self) -> float:
+        """Measured over predicted time of a step, the median."""
+        return statistics.median(self._slower)
+
+    def learn(self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]) -> Any:
+        drafted = [(row, result) for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
+        confidence = None if proposal.confidence is None else proposal.confidence.tolist()
+        largest = None if proposal.largest is None else proposal.largest.tolist()
+        for index, (row, result) in enumerate(drafted):
+            count, at = result.n_draft, row.start - row.request.num_prompt
+            said = (0.5,) * count if confidence is None else tuple(confidence[index][:count])
+            peak = () if largest is None else tuple(largest[index][:count])
+            made = Round(at, result.drafter, len(result.tokens) - 1, said, peak)
+            self.trace.rounds.setdefault(row.request.request_id, []).append(made)
+        tokens, context = sum(row.length for row in plan.rows), sum(row.start + row.length for row in plan.rows)
+        kept = sum(result.n_kept for result in results)
+        predicted_ms = self._costs.step_ms(tokens + kept, len(plan.rows), context, _greedy(plan.rows))
+        self._slower.append(sum(ms for phase, ms in phase_ms.items() if phase != "propose") / predicted_ms)
+        return self._budget.learn(plan, proposal, results, phase_ms)
+
+
+class TracedDrafts:
+    """Drafts of a recorded run. A request is the recorded one of the same id, or goes round among all.
+
+    An anchor that no recorded round began at takes the round it lies in: where fewer drafts were kept than in the
+    recording, the next block is as hard as the one that was cut short. An answer longer than the recorded one begins
+    it anew. Rows that may only look up draft where a lookup drafted in the recording.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.costly, self.width = trace.costly, trace.width
+        self._trace, self._names = trace, list(trace.rounds)
+        self._starts = {name: [each.at for each in mine] for name, mine in trace.rounds.items()}
+
+    def propose(self, rows: Sequence[Row]) -> tuple[Proposal, Ints]:
+        found = [self._find(row) for row in rows]
+        counts = tuple(
+            0 if row.lookup_only and each.drafter == self.costly else min(len(each.confidence), row.max_drafts)
+            for row, each in zip(rows, found, strict=True)
+        )
+        proposal = Proposal(
+            torch.zeros((len(rows), self.width), dtype=torch.int64),
+            counts,
+            confidence=self._table([each.confidence for each in found]),
+            drafters=tuple(each.drafter for each in found),
+            largest=self._table([each.largest for each in found]) if any(each.largest for each in found) else None,
+        )
+        return proposal, np.array([each.accepted for each in found], dtype=np.int64)
+
+    def _find(self, row: Row) -> Round:
+        name = row.request.request_id
+        if name not in self._starts:
+            name = self._names[row.request.arrival % len(self._names)]
+        rounds = self._trace.rounds[name]
+        # An anchor that ends its prompt is at -1.
+        place = (row.start - row.request.num_prompt + 1) % (rounds[-1].at + rounds[-1].accepted + 2) - 1
+        return rounds[max(bisect.bisect_right(self._starts[name], place) - 1, 0)]
+
+    def _table(self, lines: Sequence[tuple[float, ...]]) -> torch.Tensor:
+        padded = [line[: self.width] + (0.0,) * (self.width - len(line)) for line in lines]
+        return torch.tensor(padded, dtype=torch.float64)
+
+    def release(self, request_id: str) -> None:
+        pass
+
+
+class SimulatedEngine:
+    """The engine's step, part by part, with a clock that is moved and not read.
+
+    noise: standard deviation of the logarithm of every duration around what the machine says.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, budget: Budget, drafts: Drafts, machine: Machine, noise: float = 0.0, seed: int = 0
+    ) -> None:
+        self.scheduler, self.budget, self.drafts, self.machine = scheduler, budget, drafts, machine
+        self.now_ms = 0.0
+        self._noise, self._draw = noise, np.random.default_rng(seed)
+
+    def step(self) -> StepReport:
+        """One step: as the engine's, but that acceptance is looked up and time is added."""
+        plan = self.budget.admit(self.scheduler.plan())
+        if not plan.rows:
+            raise RuntimeError("a step with nothing to do: no request is here, or none fits the pool")
+        drafting = plan.drafting
+        proposal, right = self.drafts.propose(drafting) if drafting else (Proposal.empty(0), np.zeros(0, np.int64))
+        kept = list(self.budget.choose(plan, proposal))
+        phase_ms = {"propose": self._draft_ms(drafting, proposal), "forward": self._step_ms(plan, sum(kept))}
+        results = self._results(plan, proposal, kept, right.tolist())
+        report = self.scheduler.commit(plan, results)
+        learned = self.budget.learn(plan, proposal, results, phase_ms)
+        for delta in report.deltas:
+            if delta.finish_reason is not None:
+                self.drafts.release(delta.request_id)
+                self.budget.release(delta.request_id)
+        self.now_ms += sum(phase_ms.values())
+        return replace(report, phase_ms=phase_ms, budget=learned)
+
+    def _results(self, plan: Plan, proposal: Proposal, kept: Sequence[int], right: Sequence[int]) -> list[RowResult]:
+        names = proposal.drafters or (self.drafts.costly,) * len(kept)
+        outcome = iter(zip(proposal.n_draft, kept, right, names, strict=True))
+        results = []
+        for row in plan.rows:
+            if row.max_drafts:
+                n_draft, n_kept, n_right, name = next(outcome)
+                results.append(RowResult((0,) * (min(n_kept, n_right) + 1), n_draft, n_kept, drafter=name))
+            else:
+                results.append(_ONE if row.samples else _NOTHING)
+        return results
+
+    def _step_ms(self, plan: Plan, kept: int) -> float:
+        tokens = context = 0
+        for row in plan.rows:
+            tokens += row.length
+            context += row.start
+        return (
+            self.machine.step_ms(tokens + kept, len(plan.rows), context + tokens, _greedy(plan.rows))
+            * self._disturbance()
+        )
+
+    def _draft_ms(self, rows: Sequence[Row], proposal: Proposal) -> float:
+        if proposal.drafters is not None:
+            made = zip(rows, proposal.drafters, proposal.n_draft, strict=True)
+            rows = [row for row, name, count in made if name == self.drafts.costly and count]
+        if not rows:
+            return 0.0
+        context = sum(row.start + 1 for row in rows)
+        return self.machine.draft_ms(len(rows), context, _greedy(rows)) * self._disturbance()
+
+    def _disturbance(self) -> float:
+        return math.exp(self._draw.normal(0, self._noise)) if self._noise else 1.0
+
+
+_ONE, _NOTHING = RowResult((0,)), RowResult()
+
+
+def _greedy(rows: Iterable[Row]) -> bool:
+    return all(row.request.params.greedy for row in rows if row.samples)
+
+
+@dataclass
+class Outcome:
+    """What was served from the moment the first requests had ended until the supply was used up."""
+
+    tokens: int = 0
+    ms: float = 0.0
+    steps: int = 0
+    row_steps: int = 0
+    kept: int = 0
+    accepted: int = 0
+    drafting: int = 0  # rows that drafted, over all steps
+    requests: int = 0  # finished, those before included
+    misses: list[float] = field(default_factory=list)  # relative error of predicted step times
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.ms * 1e3
+
+    def note(self, report: StepReport) -> None:
+        self.steps += 1
+        self.row_steps += len(report.rows)
+        for row in report.rows:
+            self.kept += row.n_kept
+            self.accepted += row.n_accepted
+            self.drafting += row.n_draft > 0
+        took_ms = sum(report.phase_ms.values())
+        self.ms += took_ms
+        if report.budget is not None:
+            predicted_ms = report.budget.predicted_step_ms + report.budget.predicted_draft_ms
+            self.misses.append(abs(predicted_ms / took_ms - 1))
+
+
+def serve(
+    engine: SimulatedEngine, requests: Iterable[Request], concurrency: int, warm: int = 0, drain: bool = False
+) -> Outcome:
+    """Closed loop: so many requests at once, the next as soon as one ends. The first `warm` that end are not counted.
+
+    Stops when there is no further request to begin, so that the load is the same throughout; `drain` serves the rest.
+    """
+    supply, outcome = iter(requests), Outcome()
+    running: set[str] = set()
+    exhausted = False
+    while True:
+        while not exhausted and len(running) < concurrency:
+            request = next(supply, None)
+            if request is None:
+                exhausted = True
+            else:
+                engine.scheduler.add(request)
+                running.add(request.request_id)
+        if not running or (exhausted and not drain):
+            break
+        report = engine.step()
+        counted = outcome.requests >= warm
+        if counted:
+            outcome.note(report)
+        for delta in report.deltas:
+            outcome.tokens += counted * len(delta.token_ids)
+            if delta.finish_reason is not None:
+                running.remove(delta.request_id)
+                outcome.requests += 1
+    for request_id in sorted(running):
+        engine.scheduler.cancel(request_id)
+    if not outcome.tokens:
+        raise ValueError(f"too few requests for concurrency {concurrency}: nothing was served after the first {warm}")
+    return outcome
