@@ -2,7 +2,8 @@
 
 Two engines share the run, one without a drafter and one whose budget is exchanged between arms. Every arm serves the
 same requests, so texts are compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all
-greedy with --greedy. Prompts: a directory of JSON lines with "turns", else the sample here.
+greedy with --greedy. Answers differ in length, and tokens per second are those of the time in which the load was
+steady: until the last request started. Prompts: a directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from dspark_serve.types import Request, SamplingParams
 MODEL = "smollm2-135m-instruct"
 SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, AUTO = "none", "budget"
+_LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
+_FEWEST = 6  # requests
+_WARM_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Item:
 class Served:
     """What one arm made of a workload."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the first step until the last request was admitted
+    tokens: int = 0  # in that time
     texts: dict[int, list[int]] = field(default_factory=dict)
     per_user: list[float] = field(default_factory=list)  # tokens per second of each request, from its first step
     kept: list[float] = field(default_factory=list)  # drafts verified per row, each step
@@ -53,7 +58,7 @@ class Served:
 
     @property
     def rate(self) -> float:
-        return sum(map(len, self.texts.values())) / self.seconds
+        return self.tokens / self.seconds
 
 
 class Arms:
@@ -89,11 +94,12 @@ class Arms:
                 running[str(self._count)], started[index] = index, now_s
                 params = SamplingParams(temperature=item.temperature, max_tokens=item.new_tokens, ignore_eos=True)
                 engine.add(Request(str(self._count), item.prompt, params, seed=item.seed))
+            if not waiting and not served.seconds and served.texts:
+                served.seconds, served.tokens = now_s, sum(map(len, served.texts.values()))
             if not running:
                 time.sleep(max(0.0, arrivals_s[waiting[0][0]] - now_s))
                 continue
             self._note(engine, served, running, started, began)
-        served.seconds = time.perf_counter() - began
         return served
 
     @staticmethod
@@ -138,25 +144,27 @@ def _turns(path: Path) -> list[str]:
 
 def _item(arms: Arms, text: str, temperature: float, new_tokens: int, seed: int) -> Item:
     tokens = arms.tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
-    return Item(tuple(tokens), temperature, new_tokens, seed)
+    return Item(tuple(tokens), temperature, new_tokens * _LENGTHS[seed % len(_LENGTHS)] // 4, seed)
 
 
 def compare(arms: Arms, items: list[Item], concurrency: int, rounds: int, poisson: bool) -> dict[str, Any]:
     """Every arm on the same requests, in a new order each round. Ratios are of the same round, so drift hits both."""
-    names = [NONE, *arms.budgets]
+    names, count = [NONE, *arms.budgets], max(_FEWEST, 2 * concurrency)
     results: dict[str, list[Served]] = {name: [] for name in names}
     draw = random.Random(concurrency)
     for turn in range(rounds):
-        chosen = [items[(turn * concurrency * 2 + i) % len(items)] for i in range(max(2, concurrency * 2))]
+        chosen = [items[(turn * count + i) % len(items)] for i in range(count)]
         arrivals = [0.0] * len(chosen)
         if poisson and results[NONE]:  # at four fifths of what the plain engine was seen to serve
-            per_s = 0.8 * results[NONE][-1].rate / chosen[0].new_tokens
+            per_s = 0.8 * results[NONE][-1].rate / statistics.mean(item.new_tokens for item in chosen)
             arrivals = [0.0]
             for _ in chosen[1:]:
                 arrivals.append(arrivals[-1] + draw.expovariate(per_s))
-        # Arms share an engine and its prefix cache: all find their prompts there, or the first would pay for all.
+        # Arms share an engine and its prefix cache: all find their prompts there, or the first would pay for all. And
+        # the budget has met such requests before, as it has on a server that has been up for a minute.
         for name in (NONE, AUTO):
-            arms.serve(name, [replace(item, new_tokens=1) for item in chosen], [0.0] * len(chosen), concurrency)
+            short = [replace(item, new_tokens=_WARM_TOKENS) for item in chosen]
+            arms.serve(name, short, [0.0] * len(chosen), concurrency)
         for name in draw.sample(names, len(names)):
             results[name].append(arms.serve(name, chosen, arrivals, concurrency))
     plain = results[NONE]

@@ -72,7 +72,7 @@ class Shadow:
         engine = SimulatedEngine(scheduler, KeepAll(), TracedDrafts(trace), self.costs())
         serve(engine, _requests([replace(item, new_tokens=1) for item in items], "first-"), concurrency, drain=True)
         engine.budget = budget
-        return serve(engine, _requests(items), concurrency, drain=True).tokens_per_s
+        return serve(engine, _requests(items), concurrency, drain=False).tokens_per_s
 
 
 def _requests(items: list[Item], prefix: str = "") -> Iterator[Request]:
