@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dspark_kernels import native
 from dspark_serve.models.catalog import cache_dir
 
 _KEPT_FILES = 64
@@ -47,14 +48,14 @@ def remember(check: str, key: Mapping[str, object]) -> None:
         logger.info("the outcome of the start-up check %s cannot be kept: %s", check, error)
 
 
-def file_states(directory: Path) -> list[list[object]]:
-    """Name, size and time of change of every file in `directory`: equal while nobody writes there."""
-    states = [(path, path.stat()) for path in sorted(directory.iterdir()) if path.is_file()]
+def file_states(directory: Path, pattern: str = "*") -> list[list[object]]:
+    """Name, size and time of change of the files in `directory`: equal while nobody writes there."""
+    states = [(path, path.stat()) for path in sorted(directory.glob(pattern)) if path.is_file()]
     return [[path.name, facts.st_size, facts.st_mtime_ns] for path, facts in states]
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What decides how fast and in which order a computation runs: device, threads, versions."""
+    """What decides how fast and in which order a computation runs: device, threads, versions, builds."""
     try:
         ours = version("dspark-serve")
     except PackageNotFoundError:  # run from a checkout that is not installed
@@ -63,6 +64,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "version": f"{ours}, torch {torch.__version__}",
+        "kernels": file_states(Path(native.__file__).parent, "*.so"),
     }
 
 
