@@ -1,15 +1,18 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
-Two engines share the run, one without a drafter and one whose budget is exchanged between arms. Every arm serves the
-same requests, so texts are compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all
-greedy with --greedy. Answers differ in length, and tokens per second are those of the time in which the load was
-steady: until the last request started. Prompts: a directory of JSON lines with "turns", else the sample here.
+Every arm is an engine of its own. They take turns of a quarter of a second, each on a clock that runs while it works,
+so that a machine that slows down slows down all of them. All serve the same requests, so texts are compared as well:
+every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in length,
+and tokens per second are those of the time in which the load was steady: until the last request started. Prompts: a
+directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -23,13 +26,14 @@ from common import HERE, Spread, facts, write_json
 
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
-from dspark_serve.speculation.policies import Budget, FixedBudget, KeepAll
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import Request, SamplingParams
+from dspark_serve.types import Request, SamplingParams, StepReport
 
 MODEL = "smollm2-135m-instruct"
 SETS = ("gsm8k", "humaneval", "mt-bench")
-NONE, AUTO = "none", "budget"
+NONE, FULL, AUTO = "none", "full", "budget"
+_TURN_S = 0.25
+_numbers = itertools.count()  # of requests
 _LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
 _FEWEST = 6  # requests
 _WARM_TOKENS = 8
@@ -61,17 +65,76 @@ class Served:
         return self.tokens / self.seconds
 
 
+class Serving:
+    """One engine at work on some requests, on a clock that stands still while others have their turn.
+
+    At most `most` requests at once, none before its time; closed loop where all times are 0.
+    """
+
+    def __init__(self, engine: Engine, items: list[Item], arrivals_s: list[float], most: int) -> None:
+        self.served = Served()
+        self._engine, self._arrivals_s, self._most = engine, arrivals_s, most
+        self._waiting = list(enumerate(items))
+        self._running: dict[str, int] = {}
+        self._started_s: dict[int, float] = {}
+        self._clock_s = 0.0
+
+    @property
+    def done(self) -> bool:
+        return not self._waiting and not self._running
+
+    def advance(self, seconds: float) -> None:
+        """Steps until the clock has gone on by `seconds`, or all is done."""
+        until_s = self._clock_s + seconds
+        while not self.done and self._clock_s < until_s:
+            if not self._running and self._waiting:  # nobody is waited for in real time
+                self._clock_s = max(self._clock_s, self._arrivals_s[self._waiting[0][0]])
+            self._admit()
+            began = time.perf_counter()
+            report = self._engine.step()
+            self._clock_s += time.perf_counter() - began
+            self._note(report)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._most:
+            index, item = self._waiting[0]
+            if self._arrivals_s[index] > self._clock_s:
+                break
+            self._waiting.pop(0)
+            name = str(next(_numbers))
+            self._running[name], self._started_s[index] = index, self._clock_s
+            params = SamplingParams(temperature=item.temperature, max_tokens=item.new_tokens, ignore_eos=True)
+            self._engine.add(Request(name, item.prompt, params, seed=item.seed))
+            if not self._waiting:
+                self.served.seconds = self._clock_s
+                self.served.tokens = sum(map(len, self.served.texts.values()))
+
+    def _note(self, report: StepReport) -> None:
+        served = self.served
+        for delta in report.deltas:
+            text = served.texts.setdefault(self._running[delta.request_id], [])
+            text.extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                index = self._running.pop(delta.request_id)
+                served.per_user.append(len(text) / (self._clock_s - self._started_s[index]))
+        if report.rows:
+            served.kept.append(sum(row.n_kept for row in report.rows) / len(report.rows))
+        if report.budget is not None:
+            predicted_ms = report.budget.predicted_step_ms + report.budget.predicted_draft_ms
+            served.misses.append(abs(predicted_ms / sum(report.phase_ms.values()) - 1))
+
+
 class Arms:
+    """An engine per arm."""
+
     def __init__(self, kv_cache_gib: float, fixed: list[int], dtype: str = "auto") -> None:
-        self.plain = self._engine(kv_cache_gib, dtype, {"method": "none"})
-        self.drafting = self._engine(kv_cache_gib, dtype, {})
-        auto = self.drafting.budget
-        self.budgets: dict[str, Budget] = {f"fixed {k}": FixedBudget(k) for k in fixed}
-        self.budgets |= {"full": KeepAll(), AUTO: auto}
-        tokenizer = Tokenizer.load(self.plain.info.model_dir)
+        options: dict[str, dict[str, Any]] = {NONE: {"method": "none"}}
+        options |= {f"fixed {k}": {"budget": f"fixed:{k}"} for k in fixed}
+        options |= {FULL: {"budget": "full"}, AUTO: {}}
+        self.engines = {name: self._engine(kv_cache_gib, dtype, wanted) for name, wanted in options.items()}
+        tokenizer = Tokenizer.load(self.engines[NONE].info.model_dir)
         assert tokenizer is not None
         self.tokenizer = tokenizer
-        self._count = 0
 
     @staticmethod
     def _engine(kv_cache_gib: float, dtype: str, speculation: dict[str, Any]) -> Engine:
@@ -79,43 +142,21 @@ class Arms:
         options = {"model": model, "cache": {"kv_cache_gib": kv_cache_gib}, "speculation": speculation}
         return build_engine(Config.model_validate(options))
 
-    def serve(self, arm: str, items: list[Item], arrivals_s: list[float], most: int) -> Served:
-        """At most `most` requests at once, none before its time; closed loop where all times are 0."""
-        engine = self.plain if arm == NONE else self.drafting
-        if arm != NONE:
-            engine.budget = self.budgets[arm]
-        served, began = Served(), time.perf_counter()
-        waiting, running, started = list(enumerate(items)), {}, {}
-        while waiting or running:
-            now_s = time.perf_counter() - began
-            while waiting and len(running) < most and arrivals_s[waiting[0][0]] <= now_s:
-                index, item = waiting.pop(0)
-                self._count += 1
-                running[str(self._count)], started[index] = index, now_s
-                params = SamplingParams(temperature=item.temperature, max_tokens=item.new_tokens, ignore_eos=True)
-                engine.add(Request(str(self._count), item.prompt, params, seed=item.seed))
-            if not waiting and not served.seconds and served.texts:
-                served.seconds, served.tokens = now_s, sum(map(len, served.texts.values()))
-            if not running:
-                time.sleep(max(0.0, arrivals_s[waiting[0][0]] - now_s))
-                continue
-            self._note(engine, served, running, started, began)
-        return served
+    def serve(self, arm: str, items: list[Item], most: int) -> Served:
+        """One arm alone, closed loop."""
+        serving = Serving(self.engines[arm], items, [0.0] * len(items), most)
+        serving.advance(math.inf)
+        return serving.served
 
-    @staticmethod
-    def _note(engine: Engine, served: Served, running: dict[str, int], started: dict[int, float], began: float) -> None:
-        report = engine.step()
-        for delta in report.deltas:
-            text = served.texts.setdefault(running[delta.request_id], [])
-            text.extend(delta.token_ids)
-            if delta.finish_reason is not None:
-                index = running.pop(delta.request_id)
-                served.per_user.append(len(text) / (time.perf_counter() - began - started[index]))
-        if report.rows:
-            served.kept.append(sum(row.n_kept for row in report.rows) / len(report.rows))
-        if report.budget is not None:
-            predicted_ms = report.budget.predicted_step_ms + report.budget.predicted_draft_ms
-            served.misses.append(abs(predicted_ms / sum(report.phase_ms.values()) - 1))
+    def serve_all(
+        self, items: list[Item], arrivals_s: list[float], most: int, draw: random.Random
+    ) -> dict[str, Served]:
+        """All arms on the same requests, taking turns."""
+        servings = {name: Serving(engine, items, arrivals_s, most) for name, engine in self.engines.items()}
+        while left := [serving for serving in servings.values() if not serving.done]:
+            for serving in draw.sample(left, len(left)):
+                serving.advance(_TURN_S)
+        return {name: serving.served for name, serving in servings.items()}
 
 
 def workloads(arms: Arms, prompts: Path | None, new_tokens: int, greedy: bool) -> dict[str, list[Item]]:
@@ -148,25 +189,21 @@ def _item(arms: Arms, text: str, temperature: float, new_tokens: int, seed: int)
 
 
 def compare(arms: Arms, items: list[Item], concurrency: int, rounds: int, poisson: bool) -> dict[str, Any]:
-    """Every arm on the same requests, in a new order each round. Ratios are of the same round, so drift hits both."""
-    names, count = [NONE, *arms.budgets], max(_FEWEST, 2 * concurrency)
-    results: dict[str, list[Served]] = {name: [] for name in names}
+    """Every arm on the same requests. Ratios are of the same round."""
+    count = max(_FEWEST, 2 * concurrency)
+    results: dict[str, list[Served]] = {name: [] for name in arms.engines}
     draw = random.Random(concurrency)
     for turn in range(rounds):
         chosen = [items[(turn * count + i) % len(items)] for i in range(count)]
-        arrivals = [0.0] * len(chosen)
+        arrivals = [0.0] * count
         if poisson and results[NONE]:  # at four fifths of what the plain engine was seen to serve
             per_s = 0.8 * results[NONE][-1].rate / statistics.mean(item.new_tokens for item in chosen)
-            arrivals = [0.0]
-            for _ in chosen[1:]:
-                arrivals.append(arrivals[-1] + draw.expovariate(per_s))
-        # Arms share an engine and its prefix cache: all find their prompts there, or the first would pay for all. And
-        # the budget has met such requests before, as it has on a server that has been up for a minute.
-        for name in (NONE, AUTO):
-            short = [replace(item, new_tokens=_WARM_TOKENS) for item in chosen]
-            arms.serve(name, short, [0.0] * len(chosen), concurrency)
-        for name in draw.sample(names, len(names)):
-            results[name].append(arms.serve(name, chosen, arrivals, concurrency))
+            gaps = [draw.expovariate(per_s) for _ in chosen]
+            arrivals = [sum(gaps[:index]) for index in range(count)]
+        # First, prompts into the prefix cache; and the budget meets such requests, as on a server that is up for long.
+        arms.serve_all([replace(item, new_tokens=_WARM_TOKENS) for item in chosen], [0.0] * count, concurrency, draw)
+        for name, served in arms.serve_all(chosen, arrivals, concurrency, draw).items():
+            results[name].append(served)
     plain = results[NONE]
     same = all(a.texts == b.texts for served in results.values() for a, b in zip(served, plain, strict=True))
     table: dict[str, Any] = {"same_text": same}
@@ -226,7 +263,7 @@ def main() -> None:
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
     parser.add_argument("--greedy", action="store_true", help="no request at T=1")
     parser.add_argument("--dtype", default="auto", help="float32 widens the weights; auto serves them as stored")
-    parser.add_argument("--kv-cache-gib", type=float, default=0.6)
+    parser.add_argument("--kv-cache-gib", type=float, default=0.3, help="of each arm")
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

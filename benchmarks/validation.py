@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from load import AUTO, NONE, Arms, Item, workloads
+from load import AUTO, FULL, NONE, Arms, Item, workloads
 from simulation import Recording, SimulatedEngine, Trace, TracedDrafts, serve
 
 from dspark_serve.cache.pages import PagePool
@@ -24,7 +24,6 @@ from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
 from dspark_serve.types import Request, SamplingParams
 
-FULL = "full"
 WITHIN = 0.1  # what the simulator is to keep to
 
 
@@ -105,11 +104,8 @@ def measure(
 ) -> tuple[float, Recording]:
     """Tokens per second of the real engine under `budget`, and what was seen on the way."""
     seen = Recording(budget, Trace(shadow.costly, shadow.engine.drafter.width), shadow.costs())
-    if arm == NONE:
-        arms.plain.budget = seen
-    else:
-        arms.budgets[arm] = seen
-    return arms.serve(arm, items, [0.0] * len(items), most).rate, seen
+    arms.engines[arm].budget = seen
+    return arms.serve(arm, items, most).rate, seen
 
 
 def by_number(trace: Trace, count: int) -> Trace:
@@ -126,8 +122,9 @@ def compare(
     """Measured and simulated tokens per second of each arm; rounds take turns, of which the medians are compared."""
     pairs = {NONE: Pair(), FULL: Pair(), AUTO: Pair()}
     for turn in range(rounds):
-        chosen = [items[(turn * concurrency * 2 + i) % len(items)] for i in range(max(2, concurrency * 2))]
-        for arm in (NONE, FULL):  # so that all arms find their prompts in the prefix cache
+        count = max(6, 2 * concurrency)
+        chosen = [items[(turn * count + i) % len(items)] for i in range(count)]
+        for arm in pairs:  # so that all find their prompts in the prefix cache
             first = [replace(item, new_tokens=1) for item in chosen]
             measure(arms, arm, shadows[NONE if arm == NONE else AUTO], KeepAll(), first, concurrency)
         trace = Trace("", 0)
@@ -152,14 +149,17 @@ def validate(
 ) -> dict[str, Any]:
     """Prints and returns measured and simulated throughput at each concurrency; `keep`: where the last trace goes."""
     arms = Arms(0.6, [])
-    if not isinstance(arms.drafting.budget, AutoBudget):
+    if not isinstance(arms.engines[AUTO].budget, AutoBudget):
         raise ValueError("the default model is served without its head here, so there is no budget to simulate")
-    calibrator = arms.drafting.budget.calibrator
+    calibrator = arms.engines[AUTO].budget.calibrator
     supply = workloads(arms, None, new_tokens, greedy=False)["sample"]
     found: dict[str, Any] = {}
     for load in loads:
         # Anew for each load: on a shared machine what was measured minutes ago is another machine's.
-        shadows = {NONE: Shadow(arms.plain, None, seconds), AUTO: Shadow(arms.drafting, calibrator, seconds)}
+        shadows = {
+            NONE: Shadow(arms.engines[NONE], None, seconds),
+            AUTO: Shadow(arms.engines[AUTO], calibrator, seconds),
+        }
         found[str(load)], trace = compare(arms, shadows, supply, load, rounds)
         show(load, found[str(load)])
         if keep is not None:
