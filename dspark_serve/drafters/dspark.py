@@ -22,6 +22,8 @@ from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, lar
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
+_ENOUGH = 32  # tokens whose context is written at once
+
 
 class DSparkHead(Head):
     """A block of slots over the context, all of it in one pass."""
@@ -103,10 +105,13 @@ class DSparkDrafter:
     def __init__(self, head: DSparkHead, store: KVStore, first_layer: int, mode: VerifyMode, width: int) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # taps, positions, slots of K/V to come
+        self._pending_slots: set[int] = set()
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row]) -> Proposal:
+        self._write_pending()
         head, store = self._head, self._store
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width = max(batch.counts)
@@ -151,10 +156,30 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
+        """Keeps what the context is made from. It is written before the next draft, or when there is enough of it: one
+        pass over the weights then serves many tokens, and a budget that does not draft costs next to nothing."""
         assert taps is not None
-        index = committed(batch, verdict)
-        where = batch.positions[index], batch.slots[index]
-        self._head.write_context(taps[index], *where, self._store, self._first_layer)
+        fresh = taps, batch.positions, batch.slots
+        if batch.drafts.shape[1]:
+            index = committed(batch, verdict)
+            fresh = taps[index], batch.positions[index], batch.slots[index]
+        if taps.device.type != "cpu":  # where weights are quick to read, and looking at slots would make it wait
+            return self._head.write_context(*fresh, self._store, self._first_layer)
+        slots = fresh[2].tolist()
+        if not self._pending_slots.isdisjoint(slots):  # a page has a new owner: what was there comes first
+            self._write_pending()
+        self._pending.append(fresh)
+        self._pending_slots.update(slots)
+        if len(self._pending_slots) >= _ENOUGH:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if not self._pending:
+            return
+        taps, positions, slots = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._head.write_context(taps, positions, slots, self._store, self._first_layer)
+        self._pending.clear()
+        self._pending_slots.clear()
 
     def release(self, request_id: str) -> None:
         """Nothing is kept per request: what the head knows of it lies in its pages."""

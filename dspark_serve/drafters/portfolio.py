@@ -73,6 +73,9 @@ class PortfolioDrafter:
     def propose(self, rows: Sequence[Row]) -> Proposal:
         found = [self._ngram.look_up(row) for row in rows]
         kinds = [self._choose(row, length, len(drafts)) for row, (drafts, length) in zip(rows, found, strict=True)]
+        if "head" not in kinds and not any(drafts for drafts, _ in found):
+            self._pending = {}
+            return Proposal.empty(len(rows))
         self._pending = {
             self._anchor_slot(row): _Choice(row.request.request_id, kind) for row, kind in zip(rows, kinds, strict=True)
         }
