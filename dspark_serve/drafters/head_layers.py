@@ -56,11 +56,12 @@ class HeadLayer:
     def load(config: HeadConfig, weights: HeadWeights, layer: int, width: int) -> HeadLayer:
         c, prefix = config, f"layers.{layer}."
         attention = f"{prefix}self_attn."
+        input_norm = weights.norm(f"{prefix}input_layernorm.weight", c.hidden_size, c.norm_eps)
         q, kv, qkv = _projections(c, weights, attention, width)
         gemma = c.family == "gemma4"
         return HeadLayer(
             config=c,
-            input_norm=weights.norm(f"{prefix}input_layernorm.weight", c.hidden_size, c.norm_eps),
+            input_norm=input_norm,
             q=q,
             kv=kv,
             q_norm=weights.norm(f"{attention}q_norm.weight", c.head_dim, c.norm_eps),

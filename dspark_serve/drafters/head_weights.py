@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.models.base import TargetModel
-from dspark_serve.models.layers import Affine, Linear, RMSNorm, operations
+from dspark_serve.models.layers import Affine, Linear, RMSNorm, Weight, operations
 from dspark_serve.models.loader import iterate_weights, read_config
 
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -139,7 +139,9 @@ def shared_lm_head(config: HeadConfig, weights: HeadWeights, target: TargetModel
     weights.drop(LM_HEAD)
     if draft_vocab is None:
         return target.lm_head
-    rows = lm_head_rows(target, draft_vocab)
+    rows: Weight | None = target.lm_head_blocks(draft_vocab)
+    if rows is None:
+        rows = lm_head_rows(target, draft_vocab)
     weights.num_bytes += rows.nbytes
     linear = weights.ops.linear(rows)
     return lambda hidden: linear(hidden).float()

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dspark_kernels.blocks import BlockWeight
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.tensors import StepBatch, TargetOutput
 
@@ -50,4 +51,8 @@ class TargetModel(Protocol):
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """The LM head alone, neither the norm before it nor any cap behind it: [n, hidden] -> [n, vocab] float32."""
+        ...
+
+    def lm_head_blocks(self, ids: Tensor) -> BlockWeight | None:
+        """The LM head's rows of tokens `ids` [n] as blocks of codes, None where it is not kept so."""
         ...

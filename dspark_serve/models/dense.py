@@ -267,6 +267,9 @@ class DenseModel:
     def lm_head(self, hidden: Tensor) -> Tensor:
         return self._head(hidden).float()
 
+    def lm_head_blocks(self, ids: Tensor) -> BlockWeight | None:
+        return self._head.packed.rows(ids) if isinstance(self._head, NativeLinear) else None
+
     def _logits(self, hidden: Tensor) -> Tensor:
         if not hidden.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from dspark_kernels.blocks import BlockWeight
 from dspark_serve.cache.store import KVStore
 from dspark_serve.models import hf_probe
 from dspark_serve.models.attention import AttnMeta, attend
@@ -197,6 +198,9 @@ class HFModel:
     def lm_head(self, hidden: Tensor) -> Tensor:
         out: Tensor = self._module.get_output_embeddings()(hidden)
         return out.float()
+
+    def lm_head_blocks(self, ids: Tensor) -> BlockWeight | None:
+        return None  # Transformers widens what it loads
 
     @contextmanager
     def _tapping(self, taps: Sequence[int], num_tokens: int) -> Iterator[Tensor | None]:

@@ -45,6 +45,10 @@ class BlockWeight:
         """Adjacent inputs that share a scale."""
         return self.shape[1] // self.scales.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.minima.nbytes
+
     def numbers(self) -> Tensor:
         """The codes as int8 [outputs, inputs]."""
         if self.bits == 8:

@@ -96,6 +96,19 @@ class PackedWeight:
         part.bias_at = None if self.bias is None else self.bias.data_ptr() + 4 * start
         return part
 
+    def rows(self, ids: Tensor) -> BlockWeight | None:
+        """Outputs `ids` [n] as they were before packing; None unless they are blocks of 8-bit codes."""
+        if self.storage != CODES8 or self.gated:
+            return None
+        panel, group = 2 * self._lanes, self.group
+        groups = self.inputs // group
+        stored = self.panels.view(-1, groups, panel * (8 + group))  # scales, minima, then codes input by input
+        numbers = stored[:, :, : panel * 8].view(torch.float32).view(-1, groups, 2, panel)
+        codes = stored[:, :, panel * 8 :].view(torch.int8).view(-1, groups, group, panel)
+        at, lane = ids // panel, ids % panel
+        scales, minima = numbers[at, :, 0, lane], numbers[at, :, 1, lane]
+        return BlockWeight(codes[at, :, :, lane].flatten(1), scales, minima)
+
     @property
     def structure(self) -> Packed:
         """For the kernels; valid as long as this weight lives."""

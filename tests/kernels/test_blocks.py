@@ -91,3 +91,29 @@ def test_other_types_are_refused(kernels: Kernels) -> None:
         BlockWeight(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 2).half(), torch.ones(4, 2).half())
     with pytest.raises(ValueError, match="float32, bfloat16 or blocks"):
         PackedWeight(kernels, torch.ones(4, 8, dtype=torch.float16), None, False)
+
+
+def test_rows_come_back_out_of_the_panels(kernels: Kernels) -> None:
+    weight = block_weight(100, 64, 8, 32)
+    ids = torch.tensor([99, 0, 31, 32, 64, 7])
+    rows = PackedWeight(kernels, weight, None, False).rows(ids)
+    assert rows is not None
+    for got, want in ((rows.codes, weight.codes), (rows.scales, weight.scales), (rows.minima, weight.minima)):
+        assert torch.equal(got, want[ids])
+    assert PackedWeight(kernels, block_weight(32, 64, 4, 32), None, False).rows(ids) is None
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks"])
+def test_a_part_of_a_weight_shares_its_memory(kernels: Kernels, storage: str) -> None:
+    panel, generator = 2 * kernels.lanes, torch.Generator().manual_seed(1)
+    outputs = 3 * panel + 5
+    dense = torch.randn(outputs, 64, generator=generator)
+    weight = block_weight(outputs, 64, 8, 32) if storage == "blocks" else dense.to(getattr(torch, storage))
+    whole = PackedWeight(kernels, weight, torch.randn(outputs, generator=generator), False)
+    x = torch.randn(3, 64, generator=generator)
+    for start, stop in ((0, panel), (panel, 3 * panel), (2 * panel, outputs)):
+        part = whole.part(start, stop)
+        assert part is not None
+        assert torch.equal(kernels.product(x, part), kernels.product(x, whole)[:, start:stop])
+    assert whole.part(1, panel) is None
+    assert whole.part(0, panel + 1) is None
