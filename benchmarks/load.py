@@ -263,7 +263,9 @@ def main() -> None:
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
     parser.add_argument("--greedy", action="store_true", help="no request at T=1")
     parser.add_argument("--dtype", default="auto", help="float32 widens the weights; auto serves them as stored")
-    parser.add_argument("--kv-cache-gib", type=float, default=0.3, help="of each arm")
+    parser.add_argument(
+        "--kv-cache-gib", type=float, default=1.5, help="of each arm: where pages run out, prompts are computed twice"
+    )
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
