@@ -251,12 +251,13 @@ def residual_kernel(
         own, own_id = better_of(own, own_id, sanitised(scaled + gumbel), token, MISSING)
         if HAS_PROBS:
             at = row * draft_row_stride + slot * draft_slot_stride + token
-            y = tl.load(draft_logits + at, mask=refused & (token < vocab), other=float("-inf")).to(tl.float32)
+            y = tl.load(draft_logits + at, mask=token < tl.where(refused, vocab, 0), other=float("-inf")).to(tl.float32)
             draft_prob = tl.exp(tl.div_rn(y, divisor) - draft_mass)
         else:
             draft_prob = (token == draft).to(tl.float32)
         weight = tl.where(greedy, 0.0, tl.exp(scaled - log_mass) - draft_prob)
-        score = tl.where(weight > 0.0, tl.log(weight) + gumbel, float("-inf"))
+        positive = weight > 0.0
+        score = tl.where(positive, tl.log(tl.where(positive, weight, 1.0)) + gumbel, float("-inf"))
         top, top_id = better_of(top, top_id, score, token, MISSING)
     at = row * parts + part
     plane = tl.num_programs(0).to(tl.int64) * parts

@@ -87,6 +87,15 @@ def gumbel_rows(seed, position, first, stream, ROWS: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
+def gumbel_at(seed, position, token, stream):
+    """Noise of any tokens, an int32 block into which seed and position broadcast: four times the work of a run."""
+    a, b, c, d = philox(seed, position, token // 4, stream)
+    lane = token % 4
+    word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+    return grid_gumbel(word >> 9)
+
+
+@triton.jit
 def sanitised(score):
     """NaN as infinity: the first NaN of a row then wins, and some valid token always does."""
     return tl.where(score == score, score, float("inf"))
