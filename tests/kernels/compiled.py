@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -45,7 +44,7 @@ class Machine:
     registers: int
     stack_bytes: int
     local_bytes: int
-    spill_bytes: int
+    spills: int  # instructions that access local memory
     shared_bytes: int
     instructions: Counter[str]
     ptx: str
@@ -97,7 +96,7 @@ def compile_launch(launch: Launch, arch: int) -> Machine:
         registers=found["REG"],
         stack_bytes=found["STACK"],
         local_bytes=found["LOCAL"],
-        spill_bytes=sum(count for name, count in names.items() if name.startswith(("STL", "LDL"))),
+        spills=sum(count for name, count in names.items() if name.startswith(("STL", "LDL"))),
         shared_bytes=compiled.metadata.shared,
         instructions=names,
         ptx=compiled.asm["ptx"],
@@ -110,7 +109,3 @@ def _tool(path: str, cubin: bytes, *flags: str) -> str:
         file.flush()
         done = subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-def pages_of(tokens: int, kv_heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(4, tokens // 4, kv_heads, width, dtype=dtype)

@@ -1,6 +1,6 @@
 """Ragged paged attention: prefill, decode and verification are rows of 1..n queries over their pages, in one launch.
 
-Online softmax over blocks of keys in order (Milakov and Gimelshein 2018; Dao et al. 2022), pages as in Kwon et al. 2023.
+Online softmax over blocks of keys in order (Milakov and Gimelshein 2018; Dao et al. 2022); pages: Kwon et al. 2023.
 A query's sums depend on its own keys alone: blocks start at multiples of one size, and a block that a query does not
 see leaves its sums as they are. Must not know: requests, what the rows are for, how K/V came into the pages.
 """
@@ -137,10 +137,8 @@ def attention_kernel(
         mass = tl.full([M], 1.0, tl.float32)
 
     last = tl.minimum(begin + QUERIES, count)
-    if BLOCK:
-        stop = context - count  # the block's own keys follow below
-    else:
-        stop = context - count + last  # no query of this tile sees further
+    # No query of this tile sees further; a block's own keys come after the loop.
+    stop = context - count + (0 if BLOCK else last)
     start = 0
     if HAS_WINDOW:
         start = tl.maximum(context - count + begin - window + 1, 0) // N * N
@@ -202,7 +200,7 @@ def attend(
     out = q.new_empty(tokens, heads, value_dim)
     group = heads // kv_heads
     padded = [max(16, triton.next_power_of_2(width)) for width in (head_dim, value_dim)]
-    tile = tiles.attention_tile(tiles.architecture(q.device), max(padded) * keys.element_size())
+    tile = tiles.attention_tile(tiles.architecture(q.device), max(padded), keys.element_size())
     group_pad = triton.next_power_of_2(group)
     num_rows = rows.shape[1]
     if not tokens:

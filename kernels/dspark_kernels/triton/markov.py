@@ -18,12 +18,14 @@ from dspark_kernels.triton import tiles
 from dspark_kernels.triton.noise import (
     GREEDY_TEMPERATURE,
     NOWHERE,
+    better_of,
     gumbel_at,
     gumbel_rows,
     sanitised,
 )
 
 RANK_BLOCK = 64  # of the bias's products
+PART_CHUNK = 1024  # parts joined at once
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,37 @@ def score_tile(
 
 
 @triton.jit
+def join_parts(parts_ptr, part_token_ptr, divisor, row, rows, parts, CHUNK: tl.constexpr, MISSING: tl.constexpr):
+    """Token, log mass and largest probability of a row, from what score_tile left of it."""
+    plane = rows * parts
+    best = float("-inf")
+    best_token = 0
+    top = float("-inf")
+    for start in range(0, parts, CHUNK):  # first the maxima, so that every sum has one scale
+        part = start + tl.arange(0, CHUNK)
+        at = row * parts + part
+        score = tl.load(parts_ptr + at, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+        token = tl.load(part_token_ptr + at, mask=part < parts, other=MISSING, cache_modifier=".cg")
+        if start == 0:  # a valid token even where no score is finite
+            best_token = tl.min(token, 0)
+        best, best_token = better_of(best, best_token, score, token, MISSING)
+        tops = tl.load(parts_ptr + plane + at, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+        top = tl.maximum(top, tl.max(tops, 0))
+    scaled_top = tl.div_rn(top, divisor)
+    mass = 0.0
+    plain_mass = 0.0
+    for start in range(0, parts, CHUNK):
+        part = start + tl.arange(0, CHUNK)
+        at = row * parts + part
+        tops = tl.load(parts_ptr + plane + at, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+        masses = tl.load(parts_ptr + 2 * plane + at, mask=part < parts, other=0.0, cache_modifier=".cg")
+        plain = tl.load(parts_ptr + 3 * plane + at, mask=part < parts, other=0.0, cache_modifier=".cg")
+        mass += tl.sum(masses * tl.exp(tl.div_rn(tops, divisor) - scaled_top), 0)
+        plain_mass += tl.sum(plain * tl.exp(tops - top), 0)
+    return best_token, scaled_top + tl.log(mass), 1.0 / plain_mass
+
+
+@triton.jit
 def markov_kernel(
     base_ptr,  # [rows, width, vocab]: logits before the bias; overwritten with those after it if KEEP
     w1_ptr,  # [tokens, RANK]
@@ -133,7 +166,7 @@ def markov_kernel(
     KEEP: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -158,26 +191,13 @@ def markov_kernel(
                 )  # fmt: skip
         wait_for_all(counter_ptr, (2 * slot + 1) * programs)
         for row in range(program, rows, programs):
-            part = tl.arange(0, PARTS)
-            here = part < parts
-            plane = rows * parts
-            at = row * parts + part
-            score = tl.load(parts_ptr + at, mask=here, other=float("-inf"), cache_modifier=".cg")
-            token = tl.load(part_token_ptr + at, mask=here, other=MISSING, cache_modifier=".cg")
-            tops = tl.load(parts_ptr + plane + at, mask=here, other=float("-inf"), cache_modifier=".cg")
-            masses = tl.load(parts_ptr + 2 * plane + at, mask=here, other=0.0, cache_modifier=".cg")
-            plain = tl.load(parts_ptr + 3 * plane + at, mask=here, other=0.0, cache_modifier=".cg")
-            best = tl.max(score, 0)
-            best_token = tl.min(tl.where(score == best, token, MISSING), 0)
             t = tl.load(temperature_ptr + row)
             divisor = tl.where(t <= greedy_temperature, 1.0, t)
-            top = tl.max(tops, 0)
-            scaled_top = tl.div_rn(top, divisor)
-            mass = tl.sum(masses * tl.exp(tl.div_rn(tops, divisor) - scaled_top), 0)
+            token, log_mass, largest = join_parts(parts_ptr, part_token_ptr, divisor, row, rows, parts, CHUNK, MISSING)
             to = row * width + slot
-            tl.store(tokens_ptr + to, best_token.to(tl.int64))
-            tl.store(log_mass_ptr + to, scaled_top + tl.log(mass))
-            tl.store(largest_ptr + to, 1.0 / tl.sum(plain * tl.exp(tops - top), 0))
+            tl.store(tokens_ptr + to, token.to(tl.int64))
+            tl.store(log_mass_ptr + to, log_mass)
+            tl.store(largest_ptr + to, largest)
         wait_for_all(counter_ptr, (2 * slot + 2) * programs)
 
 
@@ -198,8 +218,8 @@ def draft_block(
 ) -> MarkovDrafts:
     """Draws slot after slot from softmax((base[slot] + w2 w1[token before]) / temperature) with addressed noise.
 
-    The vanilla head; its gated and recurrent kin have no kernel. `keep` writes the biased logits back over `base`, which
-    must then be float32: what accept_rejection recomputes draft probabilities from. Sums in float32, row by row in an
+    The vanilla head; its gated and recurrent kin have no kernel. `keep` writes the biased logits over `base`, then
+    to be float32: what accept_rejection recomputes draft probabilities from. Sums in float32, row by row in an
     order that neither the batch nor `programs` changes. Raises ValueError for shapes that do not fit.
     """
     rows, width, vocab = base.shape
@@ -209,7 +229,7 @@ def draft_block(
     log_mass, largest = (torch.empty((rows, width), dtype=torch.float32, device=device) for _ in range(2))
     if not (rows and width):
         return MarkovDrafts(tokens, log_mass, largest)
-    tile = tiles.markov_tile(tiles.architecture(device))
+    tile = tiles.markov_tile(tiles.architecture(device), ids is not None)
     parts = triton.cdiv(vocab, tile.columns)
     if programs is None:
         programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -224,7 +244,7 @@ def draft_block(
         KEEP=keep,
         HAS_IDS=ids is not None,
         PRECISION="ieee",
-        PARTS=triton.next_power_of_2(parts),
+        CHUNK=min(PART_CHUNK, triton.next_power_of_2(parts)),
         M=tile.rows,
         N=tile.columns,
         K=RANK_BLOCK,
@@ -252,7 +272,9 @@ def _check(
         raise ValueError(f"logits must have adjacent columns, and be float32 to be kept, not {base.dtype}")
     fits = w2.shape == (vocab, w1.shape[1]) and w1.dtype == w2.dtype
     if not fits or not (w1.is_contiguous() and w2.is_contiguous()):
-        raise ValueError(f"w1 {list(w1.shape)} and w2 {list(w2.shape)} do not fit {vocab} tokens, or are not contiguous")
+        raise ValueError(
+            f"w1 {list(w1.shape)} and w2 {list(w2.shape)} do not fit {vocab} tokens, or are not contiguous"
+        )
     wanted = {"anchors": torch.int64, "temperature": torch.float32, "seed": torch.int64, "position": torch.int64}
     for (name, dtype), x in zip(wanted.items(), (anchors, temperature, seed, position), strict=True):
         if x.shape != (rows,) or x.dtype != dtype or not x.is_contiguous():

@@ -55,7 +55,7 @@ def grid_gumbel(index):
 
 @triton.jit
 def philox(seed, position, group, stream):
-    """The four words of token group `group` (token // 4); seed int64, position and stream integers, group an int32 block."""
+    """The four words of token group `group`, an int32 block of token // 4; seed int64, position and stream integers."""
     zero = group * 0
     return tl.philox(seed, group, zero + position.to(tl.int32), zero + stream, zero)
 
@@ -231,7 +231,9 @@ def draw(
     samples, parts = part_score.shape
     out = torch.empty(samples, dtype=torch.int64, device=logits.device)
     if samples:
-        pick_kernel[(samples,)](part_score, part_token, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+        pick_kernel[(samples,)](
+            part_score, part_token, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1, enable_fp_fusion=False
+        )
     return out
 
 
@@ -243,5 +245,7 @@ def check_logits(
         raise ValueError(f"logits must be rows of adjacent float32 or half numbers, not {logits.dtype} {logits.shape}")
     wanted = {"temperature": torch.float32, "seed": torch.int64, "position": torch.int64, "threshold": torch.float32}
     for (name, dtype), tensor in zip(wanted.items(), (temperature, seed, position, threshold), strict=True):
-        if tensor is not None and (tensor.shape != logits.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous()):
+        if tensor is not None and (
+            tensor.shape != logits.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous()
+        ):
             raise ValueError(f"{name} must be {len(logits)} adjacent {dtype}, not {tensor.dtype} {list(tensor.shape)}")

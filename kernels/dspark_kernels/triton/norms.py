@@ -66,7 +66,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     rows, width = x.shape
     if x.stride(1) != 1 or weight.shape != (width,) or width > MAX_WIDTH:
-        raise ValueError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}, or is too wide or not row-major")
+        raise ValueError(
+            f"x {list(x.shape)} does not fit a weight {list(weight.shape)}, or is too wide or not row-major"
+        )
     if residual is not None and (residual.shape != x.shape or not residual.is_contiguous()):
         raise ValueError(f"a residual must be {list(x.shape)} and contiguous, not {list(residual.shape)}")
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)

@@ -74,7 +74,7 @@ def rope_kernel(
     turned_high = (high * cos_high + low * sin_high).to(q_ptr.dtype.element_ty)
     tl.store(x_at, turned_low, mask=mask)
     tl.store(x_at + HALF, turned_high, mask=mask)
-    if KEEP:
+    if KEEP:  # noqa: SIM102 - this is known when compiling, the other is not
         if not is_query:
             place = (tl.load(slots_ptr + token) * kv_heads + head)[:, None]
             kept = keys_ptr + place * 2 * HALF + dim[None, :]

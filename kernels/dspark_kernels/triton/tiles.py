@@ -25,22 +25,21 @@ class Tile:
     num_stages: int
 
 
-# (architecture from which it holds, widest head in bytes) -> tile; the first that fits is taken. One for every length of
-# a row: prefill, decode and verification have the same bits.
+# (architecture from which it holds, bytes per element) -> widest head: tile. The first that is wide enough is taken,
+# one for every length of a row: prefill, decode and verification have the same bits. Float32 has no tensor cores.
 _ATTENTION = {
-    (90, 128): Tile(64, 64, 4, 3),
-    (90, 256): Tile(64, 64, 4, 3),
-    (90, 512): Tile(64, 32, 8, 2),
-    (90, 1024): Tile(32, 32, 8, 2),
-    (90, 2048): Tile(16, 16, 8, 1),
-    (120, 128): Tile(32, 64, 4, 2),
-    (120, 256): Tile(32, 64, 4, 2),
-    (120, 512): Tile(32, 32, 4, 2),
-    (120, 1024): Tile(32, 16, 8, 1),
-    (120, 2048): Tile(16, 16, 8, 1),
+    (90, 2): {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 2), 512: Tile(32, 32, 8, 2)},
+    (120, 2): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2), 512: Tile(32, 16, 8, 1)},
+    (90, 4): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 4, 1), 512: Tile(16, 16, 8, 1)},
+    (120, 4): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 4, 1), 512: Tile(16, 16, 8, 1)},
 }
-# Markov sampler: rows of the batch, tokens of the vocabulary.
-_MARKOV = {90: Tile(16, 128, 4, 3), 120: Tile(16, 64, 4, 2)}
+# Markov sampler: (architecture from which it holds, whether columns have ids of their own) -> batch rows by tokens.
+_MARKOV = {
+    (90, False): Tile(16, 64, 8, 3),
+    (120, False): Tile(16, 64, 8, 2),
+    (90, True): Tile(16, 32, 4, 2),  # noise takes four times the registers
+    (120, True): Tile(16, 32, 4, 2),
+}
 
 
 def architecture(device: torch.device) -> int:
@@ -51,17 +50,18 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def attention_tile(arch: int, head_bytes: int) -> Tile:
-    """For heads of which the wider of key and value takes `head_bytes`. ValueError: no tile is known to fit."""
-    family = _family(arch)
-    fitting = [widest for known, widest in _ATTENTION if known == family and widest >= head_bytes]
+def attention_tile(arch: int, width: int, element_bytes: int) -> Tile:
+    """For heads of which the wider of key and value has `width` elements. ValueError: no tile is known to fit."""
+    table = _ATTENTION.get((_family(arch), element_bytes), {})
+    fitting = [widest for widest in table if widest >= width]
     if not fitting:
-        raise ValueError(f"no attention tile holds heads of {head_bytes} bytes")
-    return _ATTENTION[family, min(fitting)]
+        raise ValueError(f"no attention tile holds heads of {width} elements of {element_bytes} bytes")
+    return table[min(fitting)]
 
 
-def markov_tile(arch: int) -> Tile:
-    return _MARKOV[_family(arch)]
+def markov_tile(arch: int, has_ids: bool) -> Tile:
+    """`has_ids`: the logits are those of some tokens only."""
+    return _MARKOV[_family(arch), has_ids]
 
 
 def _family(arch: int) -> int:

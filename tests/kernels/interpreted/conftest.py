@@ -1,4 +1,4 @@
-"""Tests that run kernels on the CPU through Triton's interpreter, in a process of their own: test_triton_interpreted.py.
+"""Tests that run kernels through Triton's interpreter, in a process of their own: test_triton_interpreted.py.
 
 Triton reads TRITON_INTERPRET when it is imported, so no process can both interpret and compile.
 """

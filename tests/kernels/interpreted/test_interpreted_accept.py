@@ -31,7 +31,9 @@ def spans(batch: StepBatch) -> tuple[Tensor, Tensor]:
     return count.cumsum(0) - count, count
 
 
-def kernel(logits: Tensor, batch: StepBatch, mode: str, draft: accept.DraftLogits | None = None) -> tuple[Tensor, Tensor]:
+def kernel(
+    logits: Tensor, batch: StepBatch, mode: str, draft: accept.DraftLogits | None = None
+) -> tuple[Tensor, Tensor]:
     """The kernels on a StepBatch; filters become thresholds, as they are to be on a GPU."""
     sampling = batch.sampling
     threshold = None
@@ -137,10 +139,7 @@ def test_rows_that_do_not_sample_and_rows_alone(mode: str) -> None:
         sampling = batch.sampling
         mine = [x[some] for x in (sampling.temperature, sampling.seed, sampling.position)]
         arguments = [logits[some], batch.drafts[row : row + 1], first[:1] * 0, count[row : row + 1], *mine]
-        if mode == "coupled":
-            alone = accept.accept_coupled(*arguments)
-        else:
-            alone = accept.accept_rejection(*arguments, None)
+        alone = accept.accept_coupled(*arguments) if mode == "coupled" else accept.accept_rejection(*arguments, None)
         assert alone[0].tolist() == [accepted[row]]
         assert alone[1].tolist() == [tokens[row].tolist()]
 

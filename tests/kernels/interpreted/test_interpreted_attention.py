@@ -204,6 +204,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="sinks must be 6"):
         attend(sinks=torch.zeros(5))
     with pytest.raises(ValueError, match="no attention tile"):
-        tiles.attention_tile(121, 8192)
-    with pytest.raises(ValueError, match="9.0 and later"):
-        tiles.attention_tile(80, 128)
+        tiles.attention_tile(121, 1024, 2)
+    with pytest.raises(ValueError, match="and later, not 8"):
+        tiles.attention_tile(80, 128, 2)

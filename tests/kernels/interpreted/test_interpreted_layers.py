@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from fence import fenced
 from torch import Tensor
 
@@ -84,7 +90,9 @@ def turned(x: Tensor, positions: Tensor, table: Tensor, weight: Tensor | None) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "value_dim"), [(9, 3, 64, 64), (4, 4, 80, 48), (17, 1, 2, 6)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"), [(9, 3, 64, 64), (4, 4, 80, 48), (17, 1, 2, 6)]
+)
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation_and_scatter(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, value_dim: int, normed: bool
@@ -152,3 +160,22 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             rope.rotate_and_keep(*arguments)  # type: ignore[arg-type]
+
+
+@triton.jit
+def peek_kernel(x, out, at):
+    tl.store(out, tl.load(x + at))
+
+
+@pytest.mark.parametrize(
+    ("at_start", "at", "signal_number"), [(False, 24, signal.SIGSEGV), (True, -1, signal.SIGSEGV), (False, 23, 0)]
+)
+def test_a_kernel_that_reads_past_a_fence_crashes(at_start: bool, at: int, signal_number: int) -> None:
+    """What all these tests rely on: one number beyond a tensor ends the process."""
+    x, out = fenced(torch.ones(3, 8), at_start), torch.zeros(1)
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        peek_kernel[(1,)](x, out, at)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal_number
