@@ -72,7 +72,10 @@ def test_coupled_rows_are_the_servers(vocab: int, dtype: torch.dtype) -> None:
     drafts = batch.drafts.clone()
     tokens = verify(logits.float(), batch, "coupled").tokens[:, :-1]
     drafts[2:5] = torch.where(drafts[2:5] >= 0, tokens[2:5], -1)  # rows that go through, rows that stop
-    batch = replace(batch, drafts=torch.where((drafts < 0) & (batch.drafts >= 0), 0, drafts))
+    drafts = torch.where((drafts < 0) & (batch.drafts >= 0), 0, drafts)
+    drafts[4] = torch.where(drafts[4] >= 0, tokens[0, 0], -1)  # nothing stays after the first that differs
+    drafts[4, 0] = (tokens[4, 0] + 1) % vocab
+    batch = replace(batch, drafts=drafts)
     got = kernel(logits, batch, "coupled")
     same(got, logits, batch, "coupled")
     assert int(got[0].max()) > 0
@@ -83,6 +86,7 @@ def draft_logits_for(batch: StepBatch, vocab: int, seed: int) -> tuple[StepBatch
     rows, width = batch.drafts.shape
     first, count = spans(batch)
     target = some_logits(int(count.sum()), vocab, seed=vocab)
+    target += torch.linspace(-6, 0, vocab)  # sums over blocks of tokens must follow a growing maximum
     at = (first[:, None] + torch.arange(width)).clamp(max=len(target) - 1)
     logits = target[at] + some_logits(rows * width, vocab, seed=seed, spread=0.4).view(rows, width, vocab)
     temperature = torch.tensor(TEMPERATURES)[:, None].expand(rows, width)

@@ -44,6 +44,7 @@ def test_rms_norm(dtype: torch.dtype, width: int, rows: int) -> None:
     got, total = norms.rms_norm(fenced(x), fenced(weight), 1e-5, fenced(residual))
     assert torch.equal(total, x + residual)  # rounded once, as the sum of two numbers is
     close(got, F.rms_norm(total.double(), (width,), weight.double(), 1e-5), DTYPES[dtype])
+    assert torch.equal(got, norms.rms_norm(total, weight, 1e-5)[0])  # the norm of what is kept, not of what was
     plain, same = norms.rms_norm(apart(x), weight, 1e-5)
     assert same.data_ptr() != plain.data_ptr()
     close(plain, F.rms_norm(x.double(), (width,), weight.double(), 1e-5), DTYPES[dtype])

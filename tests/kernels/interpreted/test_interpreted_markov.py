@@ -135,9 +135,10 @@ def test_programs_that_run_side_by_side_wait_for_each_other() -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
+        process.join(60)
+    for process in processes:
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * programs
     alone = markov.draft_block(**given)  # type: ignore[arg-type]
     assert int(shared[-1]) == 2 * width * programs

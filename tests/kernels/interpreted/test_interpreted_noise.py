@@ -102,6 +102,17 @@ def test_draws_are_the_servers(vocab: int) -> None:
     assert got.tolist() == draw_logits(logits, temperature, seed, position).tolist()
 
 
+def test_scores_have_the_bits_of_single_operations() -> None:
+    """A quotient and a sum, each rounded on its own: what decides a tie must not differ between backends."""
+    logits, temperature, seed, position = samples(7, 4099)
+    score, token = noise.scan(logits, temperature, seed, position)
+    divisor = temperature.masked_fill(temperature <= GREEDY_TEMPERATURE, 1.0)
+    gumbel = specification.gumbel_dense(seed, position, 4099)
+    want = logits / divisor[:, None] + gumbel.masked_fill_(temperature[:, None] <= GREEDY_TEMPERATURE, 0.0)
+    same(score[:, 0], want.amax(-1))
+    assert token[:, 0].tolist() == want.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_logits_are_widened(dtype: torch.dtype) -> None:
     logits, temperature, seed, position = samples(7, 4099, dtype)
