@@ -24,6 +24,7 @@ def run(file: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[2])
 
 
+@pytest.mark.timeout(600)  # for the whole file
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str) -> None:
     done = run(file)
