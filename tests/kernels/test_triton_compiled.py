@@ -44,7 +44,7 @@ def rotate(keep: bool) -> Callable[[], object]:
     pages, weight = empty(8, 16, 8, 128, dtype=BF16), empty(128, dtype=BF16)
     store = (index, pages, pages) if keep else None
     table = empty(64, 2, 128, dtype=BF16)
-    return lambda: rope.rotate_and_keep(q, kv, kv, index, table, store, (weight, weight, 1e-6))
+    return lambda: rope.rotate_and_keep(q, kv, kv, (index, table), store, (weight, weight, 1e-6))
 
 
 def samples(dtype: torch.dtype = F32) -> list[Tensor]:

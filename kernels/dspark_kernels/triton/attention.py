@@ -15,6 +15,7 @@ from torch import Tensor
 from dspark_kernels.triton import tiles
 
 LOG2_E = 1.4426950408889634
+WIDEST_HEAD = 512
 
 
 @triton.jit

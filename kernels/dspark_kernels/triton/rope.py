@@ -18,7 +18,7 @@ def rope_kernel(
     q_ptr,  # [tokens, heads, 2 * HALF], tokens q_stride apart; overwritten
     k_ptr,  # [tokens, kv_heads, 2 * HALF], likewise
     v_ptr,  # [tokens, kv_heads, VALUE_DIM]
-    positions_ptr,  # [tokens] int64
+    positions_ptr,  # [tokens] int64; not read without ROTATE, nor the next
     table_ptr,  # [positions, 2, 2 * HALF]: cosines, then sines, those of the first half negated
     q_norm_ptr,  # [2 * HALF]; not read without HAS_NORM, nor the next
     k_norm_ptr,  # [2 * HALF]
@@ -35,6 +35,7 @@ def rope_kernel(
     HALF_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    ROTATE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     KEEP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -65,15 +66,21 @@ def rope_kernel(
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
         low = low * scale * tl.load(norm_ptr + dim, mask=in_half, other=0.0).to(tl.float32)[None, :]
         high = high * scale * tl.load(norm_ptr + HALF + dim, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    angles = table_ptr + tl.load(positions_ptr + token) * 4 * HALF + dim
-    cos_low = tl.load(angles, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(angles + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(angles + 2 * HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(angles + 3 * HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    turned_low = (low * cos_low + high * sin_low).to(q_ptr.dtype.element_ty)
-    turned_high = (high * cos_high + low * sin_high).to(q_ptr.dtype.element_ty)
-    tl.store(x_at, turned_low, mask=mask)
-    tl.store(x_at + HALF, turned_high, mask=mask)
+    turned_low = low
+    turned_high = high
+    if ROTATE:
+        angles = table_ptr + tl.load(positions_ptr + token) * 4 * HALF + dim
+        cos_low = tl.load(angles, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        cos_high = tl.load(angles + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin_low = tl.load(angles + 2 * HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin_high = tl.load(angles + 3 * HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        turned_low = low * cos_low + high * sin_low
+        turned_high = high * cos_high + low * sin_high
+    turned_low = turned_low.to(q_ptr.dtype.element_ty)
+    turned_high = turned_high.to(q_ptr.dtype.element_ty)
+    if ROTATE or HAS_NORM:
+        tl.store(x_at, turned_low, mask=mask)
+        tl.store(x_at + HALF, turned_high, mask=mask)
     if KEEP:  # noqa: SIM102 - this is known when compiling, the other is not
         if not is_query:
             place = (tl.load(slots_ptr + token) * kv_heads + head)[:, None]
@@ -92,23 +99,24 @@ def rotate_and_keep(
     q: Tensor,  # [tokens, heads, head_dim]: overwritten; heads of a token adjacent
     k: Tensor,  # [tokens, kv_heads, head_dim], likewise
     v: Tensor,  # [tokens, kv_heads, value_dim], heads of a token adjacent
-    positions: Tensor,  # [tokens] int64, all within the table
-    table: Tensor,  # [positions, 2, head_dim] contiguous: cosines and signed sines
+    rotary: tuple[Tensor, Tensor] | None,  # positions [tokens] int64; table [positions, 2, head_dim] contiguous
     store: tuple[Tensor, Tensor, Tensor] | None,  # slots [tokens] int64, keys and values [pages, page_size, ..]
     norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
 ) -> None:
     """Norm and rotate queries and keys in place, and write keys and values to their slots; float32 inside.
 
-    Without a `store` nothing is kept: a drafter's block. Slots must be distinct, and within the pages. float32,
+    The table holds cosines and signed sines, and every position must lie within it. Each part may be left out: without
+    a `store` nothing is kept, as of a drafter's block. Slots must be distinct, and within the pages. float32,
     bfloat16 or float16. Raises ValueError for shapes that do not fit.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, value_dim = v.shape[1:]
-    _check(q, k, v, positions, table, store, norms)
-    if not tokens:
+    _check(q, k, v, rotary, store, norms)
+    if not tokens or (rotary is None and store is None and norms is None):
         return
-    slots, keys, values = (positions, k, v) if store is None else store
-    q_norm, k_norm, eps = (table, table, 0.0) if norms is None else norms
+    positions, table = (q, q) if rotary is None else rotary
+    slots, keys, values = (q, k, v) if store is None else store
+    q_norm, k_norm, eps = (q, k, 0.0) if norms is None else norms
     half = head_dim // 2
     rope_kernel[(tokens, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
         q,
@@ -131,6 +139,7 @@ def rotate_and_keep(
         HALF_PAD=triton.next_power_of_2(half),
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
+        ROTATE=rotary is not None,
         HAS_NORM=norms is not None,
         KEEP=store is not None,
         HEADS=HEADS,
@@ -143,8 +152,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    table: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
     store: tuple[Tensor, Tensor, Tensor] | None,
     norms: tuple[Tensor, Tensor, float] | None,
 ) -> None:
@@ -153,10 +161,12 @@ def _check(
         raise ValueError(f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} do not fit")
     if any(x.stride()[1:] != (x.shape[2], 1) for x in (q, k, v)) or q.dtype != k.dtype:
         raise ValueError(f"heads of a token must be adjacent, and queries and keys of one dtype, not {k.dtype}")
-    if positions.shape != (tokens,) or not positions.is_contiguous():
-        raise ValueError(f"positions must be {tokens} adjacent integers, not {list(positions.shape)}")
-    if table.shape[1:] != (2, head_dim) or not table.is_contiguous():
-        raise ValueError(f"the table must be contiguous [positions, 2, {head_dim}], not {list(table.shape)}")
+    if rotary is not None:
+        positions, table = rotary
+        if positions.shape != (tokens,) or not positions.is_contiguous():
+            raise ValueError(f"positions must be {tokens} adjacent integers, not {list(positions.shape)}")
+        if table.shape[1:] != (2, head_dim) or not table.is_contiguous():
+            raise ValueError(f"the table must be contiguous [positions, 2, {head_dim}], not {list(table.shape)}")
     if store is not None:
         slots, keys, values = store
         if slots.shape != (tokens,) or not slots.is_contiguous():

@@ -107,7 +107,7 @@ def test_rotation_and_scatter(
     values = fenced(torch.full((4, 8, kv_heads, value_dim), torch.nan, dtype=dtype))
     new_q, new_k = fenced(q), fenced(k)
     rope.rotate_and_keep(
-        new_q, new_k, fenced(v), positions, table, (slots, keys, values), (q_norm, k_norm, 1e-6) if normed else None
+        new_q, new_k, fenced(v), (positions, table), (slots, keys, values), (q_norm, k_norm, 1e-6) if normed else None
     )
     close(new_q, turned(q, positions, table, q_norm if normed else None), 2 * DTYPES[dtype])
     close(new_k, turned(k, positions, table, k_norm if normed else None), 2 * DTYPES[dtype])
@@ -124,15 +124,15 @@ def test_parts_of_one_product_are_rotated_in_place() -> None:
     (qkv,) = randoms(torch.bfloat16, (3, 8 + 2 + 2, 64))
     positions, table = torch.tensor([5, 6, 7]), table_of(64, torch.bfloat16)
     before = qkv.clone()
-    rope.rotate_and_keep(qkv[:, :8], qkv[:, 8:10], qkv[:, 10:], positions, table, None)
+    rope.rotate_and_keep(qkv[:, :8], qkv[:, 8:10], qkv[:, 10:], (positions, table), None)
     q, k = before[:, :8].contiguous(), before[:, 8:10].contiguous()
-    rope.rotate_and_keep(q, k, before[:, 10:], positions, table, None)
+    rope.rotate_and_keep(q, k, before[:, 10:], (positions, table), None)
     assert torch.equal(qkv, torch.cat([q, k, before[:, 10:]], dim=1))
     assert not torch.equal(qkv, before)
     for row in range(3):  # and a token alone has the same bits
         some = slice(row, row + 1)
         one = before[some].clone()
-        rope.rotate_and_keep(one[:, :8], one[:, 8:10], one[:, 10:], positions[some], table, None)
+        rope.rotate_and_keep(one[:, :8], one[:, 8:10], one[:, 10:], (positions[some], table), None)
         assert torch.equal(one, qkv[some])
 
 
@@ -151,13 +151,13 @@ def test_what_does_not_fit_is_refused() -> None:
     positions, table = torch.zeros(2, dtype=torch.int64), torch.zeros(4, 2, 8)
     pages = torch.zeros(2, 4, 1, 8)
     for arguments, message in (
-        ((q, k[:1], v, positions, table, None), "do not fit"),
-        ((q, k.half(), v, positions, table, None), "of one dtype"),
-        ((q, k, v, positions[:1], table, None), "positions must be 2"),
-        ((q, k, v, positions, table[:, :, :4], None), "the table must be"),
-        ((q, k, v, positions, table, (positions[:1], pages, pages)), "slots must be 2"),
-        ((q, k, v, positions, table, (positions, pages[..., :4], pages)), "do not fit the pages"),
-        ((q, k, v, positions, table, None, (weight, weight[:4], 1e-6)), "norms of heads"),
+        ((q, k[:1], v, (positions, table), None), "do not fit"),
+        ((q, k.half(), v, (positions, table), None), "of one dtype"),
+        ((q, k, v, (positions[:1], table), None), "positions must be 2"),
+        ((q, k, v, (positions, table[:, :, :4]), None), "the table must be"),
+        ((q, k, v, (positions, table), (positions[:1], pages, pages)), "slots must be 2"),
+        ((q, k, v, (positions, table), (positions, pages[..., :4], pages)), "do not fit the pages"),
+        ((q, k, v, None, None, (weight, weight[:4], 1e-6)), "norms of heads"),
     ):
         with pytest.raises(ValueError, match=message):
             rope.rotate_and_keep(*arguments)  # type: ignore[arg-type]
