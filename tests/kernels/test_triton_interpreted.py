@@ -13,6 +13,7 @@ from dspark_kernels import triton
 
 HERE = Path(__file__).parent / "interpreted"
 FILES = sorted(path.name for path in HERE.glob("test_*.py"))
+SLOW = {"test_interpreted_engine.py"}
 
 
 def run(file: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,7 @@ def run(file: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(600)  # for the whole file
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in FILES])
 def test_interpreted(file: str) -> None:
     done = run(file)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
