@@ -1,9 +1,10 @@
 # Everything runs from a virtual environment in the checkout, made on first use and kept up to date with pyproject.toml.
-#   make serve ARGS="--port 9000"      make test PYTEST_ARGS="-k budget"
+#   make serve ARGS="--port 9000"      make test PYTEST_ARGS="-k budget"      make test MARKS=slow
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 PYTEST := $(VENV)/bin/python -m pytest
+MARKS ?= not slow
 SPEC := pyproject.toml setup.py constraints.txt $(wildcard kernels/dspark_kernels/cpu/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
@@ -22,7 +23,7 @@ test: lint
 ifndef PYTEST_ARGS
 	$(PYTEST) -q tests/test_exactness.py -k "smollm2-0.8-ngram and (batch or chunk7)"
 endif
-	$(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
 
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .
