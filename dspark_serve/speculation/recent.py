@@ -100,7 +100,8 @@ class Recent:
                     rows, n_draft = np.arange(len(signals.kinds))[rows][drafted], n_draft[drafted]
                 if len(n_draft):
                     blocks = survival[rows]
-                    self._remember_all(level, blocks[n_draft == blocks.shape[1]], weight)
+                    whole = n_draft == blocks.shape[1]
+                    self._remember_all(level, blocks if whole.all() else blocks[whole], weight)
                     self._remember_each(self._own.lines(signals.requests)[rows], n_draft, blocks, step)
 
     def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:
@@ -119,9 +120,10 @@ class Recent:
         share = usual / max(float(usual[-1]), 1e-6)
         # A request that may draft little is judged as if it had drafted whole blocks, as all others are.
         whole = blocks.sum(1) / np.maximum(share[n_draft - 1], 1e-3)
-        survival, count = self._own.column("survival"), self._own.column("blocks")
-        count[lines] += 1
-        survival[lines] += np.maximum(_OWN_GAIN, 1 / count[lines]) * (whole - survival[lines])
+        survival, blocks_of = self._own.column("survival"), self._own.column("blocks")
+        own, count = survival[lines], blocks_of[lines] + 1
+        survival[lines] = own + np.maximum(_OWN_GAIN, 1 / count) * (whole - own)
+        blocks_of[lines] = count
         self._own.column("step")[lines] = step
 
     def release(self, request_id: str) -> None:
