@@ -81,11 +81,12 @@ class Steps:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Steps measured per load.", min=2)] = 400,
+    quick: Annotated[bool, typer.Option(help="Fewer repetitions, some seconds.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
 ) -> None:
     """Print microseconds of each part of a decision: median and quartiles."""
     torch.set_num_threads(1)
+    steps = 60 if quick else 400
     table = Table(title=f"the budget's host time, {WIDTH} drafts per row, us: median [quartiles]")
     for column in ("verification", "rows", *PARTS, "admit + choose", "drafts kept"):
         table.add_column(column, justify="right")

@@ -43,3 +43,11 @@ def test_a_batch_asked_for_again_is_found_again() -> None:
     kept.column("n")[kept.lines(("d",))] = 4.0
     assert kept.column("n")[kept.lines(("a", "b", "c"))].tolist() == [1.0, 0.0, 3.0]
     assert kept.column("n")[kept.lines(("c", "d"))].tolist() == [3.0, 4.0]
+
+
+def test_more_requests_than_ever_before() -> None:
+    kept = PerRequest()
+    kept.column("n")[kept.lines(("a", "b"))] = [1.0, 2.0]
+    lines = kept.lines(tuple(f"r{n}" for n in range(100)))
+    kept.column("n")[lines] = 3.0
+    assert kept.column("n")[kept.lines(("a", "r99", "b"))].tolist() == [1.0, 3.0, 2.0]
