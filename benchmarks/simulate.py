@@ -122,7 +122,7 @@ def profile_scene(path: Path, lengths: tuple[float, ...], trace: Trace | None) -
 def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool = False) -> Profile:
     """What a server on this machine would have measured at start-up: the same shapes, without their noise.
 
-    long_sweep: prompt chunks up to the largest step that can come as well, which a server leaves to extrapolation.
+    long_sweep: the largest step that can come as well, where a server's doublings end below it.
     """
     wanted = shapes(SimpleNamespace(drafter=SimpleNamespace(width=width), scheduler=scheduler))  # type: ignore[arg-type]
     steps = [Point(s.tokens, s.rows, s.keys, machine.step_ms(s.tokens, s.rows, s.keys)) for s in wanted]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -185,9 +186,10 @@ class SpeculationStats:
 RequestStatus = Literal["waiting", "running", "finished"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """One sequence being generated. The only mutable record of the engine; the scheduler alone changes it.
+    """One sequence being generated. The only mutable record of the engine; the scheduler alone changes it. Two of them
+    are never equal: a list that holds one is searched without a look at its tokens.
 
     Invariant: 0 <= num_computed <= len(token_ids). Tokens [0, num_computed) have K/V in `pages`; the last element
     of token_ids is the anchor once the prompt is computed.
@@ -228,7 +230,8 @@ class Row:
     """One request's share of a step: tokens [start, start + length) of the request, then up to `max_drafts` drafts.
 
     `samples` is true when the row reaches the request's last known token (the anchor), so a token comes out of it.
-    `lookup_only`: drafts that cost a pass of a model would not earn it.
+    Only a row of one token that samples may carry drafts. `lookup_only`: drafts that cost a pass of a model would not
+    earn it.
     """
 
     request: Request
@@ -246,10 +249,10 @@ class Plan:
     rows: tuple[Row, ...]
     num_preempted: int = 0
 
-    @property
+    @cached_property
     def drafting(self) -> tuple[Row, ...]:
         """Rows that may carry drafts, in plan order; a Proposal's rows are aligned with these."""
-        return tuple(row for row in self.rows if row.max_drafts > 0)
+        return tuple([row for row in self.rows if row.max_drafts > 0])
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,17 @@ class Batcher:
         lens = np.array([row.length + k for row, k in zip(rows, kept, strict=True)], dtype=np.int64)
         ends = np.cumsum(lens)
         table = _page_table(rows)
-        tokens = np.concatenate([_row_tokens(row, k) for row, k in zip(rows, kept, strict=True)])
-        positions = np.concatenate([np.arange(r.start, r.start + n) for r, n in zip(rows, lens, strict=True)])
+        tokens: list[int] = []
+        for row, k in zip(rows, kept, strict=True):
+            tokens += _row_tokens(row, k)
+        starts = np.array([row.start for row in rows], dtype=np.int64)
         owner = np.repeat(np.arange(len(rows)), lens)
+        positions = np.arange(len(tokens)) + (starts - ends + lens)[owner]
         slots = table[owner, positions // self.page_size] * self.page_size + positions % self.page_size
         sample_lens = tuple(k + 1 if row.samples else 0 for row, k in zip(rows, kept, strict=True))
         within = _within(sample_lens)
         sample_index = np.repeat(ends - np.array(sample_lens), sample_lens) + within
-        token_ids = self._move(tokens)
+        token_ids = self._move(np.array(tokens, dtype=np.int64))
         drafts = self._spread_drafts(plan, proposal, token_ids, ends, kept)
         score_lens = tuple(_num_scores(row) for row in rows)
         score_index, score_targets = self._scores(rows, ends - lens, score_lens)

@@ -111,7 +111,7 @@ def _results(
         if row.max_drafts > 0:
             kept = batch.sample_lens[index] - 1
             n_draft, name = next(drafted)
-            results[index] = replace(result, n_draft=n_draft, n_kept=kept, drafter=name)
+            results[index] = RowResult(result.tokens, n_draft, kept, drafter=name)
     if any(n is not None for n in batch.logprobs):
         _add_logprobs(results, batch, logits)
     if batch.score_index is not None:

@@ -32,6 +32,7 @@ from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
 SECONDS = 7.0  # for the sweep
 _PASSES = 3  # timed ones
 _CONTEXT, _LONG = 128, 640  # tokens before a row's anchor
+_DENSE = 512  # tokens of prompts from which every doubling is measured: beyond the last, times are extrapolated
 _STRIDE = 61
 _KEPT_FILES = 32
 
@@ -94,6 +95,7 @@ def profile_key(rig: Rig, plan: DrafterPlan, head_dir: Path | None) -> dict[str,
         "drafter": plan.name,
         "width": rig.drafter.width,
         "rows": rig.scheduler.max_num_seqs,
+        "tokens": rig.scheduler.max_num_batched_tokens,
         "verify_mode": info.verify_mode,
         "dtype": info.dtype,
         "backend": info.backend,
@@ -122,7 +124,7 @@ def shapes(rig: Rig) -> list[Shape]:
     found += [Shape(4, drafts, context) for drafts in sorted({1, 3, width} & set(range(1, width + 1)))]
     found += [Shape(16, 1, context), Shape(16, min(3, width), context)]
     found += [Shape(8, 0, _LONG), Shape(2, 0, _LONG)]
-    found += [Shape(1, 0, 0, chunk) for chunk in (32, 128, 512)]
+    found += _prompts(scheduler, width)
 
     def fits(shape: Shape) -> bool:
         length = shape.context + shape.chunk + width
@@ -136,6 +138,19 @@ def shapes(rig: Rig) -> list[Shape]:
     return sorted({shape for shape in found if fits(shape)}, key=lambda s: (s.tokens, s.rows, s.context))
 
 
+def _prompts(scheduler: Scheduler, width: int) -> list[Shape]:
+    """Prompt chunks up to the most tokens of a step, several at once where one row cannot be that long."""
+    longest = min(scheduler.max_model_len - width, scheduler.max_prefill_chunk, scheduler.max_num_batched_tokens)
+    if longest < 1:
+        return []
+    most, chunk = (1 << (n.bit_length() - 1) for n in (scheduler.max_num_batched_tokens, longest))  # powers of two
+    counts, tokens = {most, chunk}, 32
+    while tokens < most:
+        counts.add(tokens)
+        tokens *= 4 if tokens < _DENSE else 2
+    return [Shape(max(tokens // chunk, 1), 0, 0, min(tokens, chunk)) for tokens in counts]
+
+
 def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], float] = time.perf_counter) -> Profile:
     """Measure as many shapes as `seconds` allow, each a few times over the whole of them, so that a slow moment hits
     many points once and not one point always. Pages come from the pool and go back; their K/V is of no use to anyone.
@@ -145,16 +160,21 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
         raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
     times: dict[Shape, list[_Times]] = {}
     took: dict[Shape, float] = {}  # seconds, setting up included
+    per_token = 0.0
     with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
         for turn in range(_PASSES + 1):
             for shape in wanted if turn == 0 else list(times):
                 spent = clock() - began
+                # Not measured yet: as long as the one before it, which has no more tokens, token for token.
+                expected = took.get(shape, per_token * shape.tokens)
                 # The first pass, which warms up, leaves room for another.
-                if spent + took.get(shape, 0.0) > (seconds * 0.6 if turn == 0 else seconds) and len(times) > 1:
+                late = spent + expected > seconds or (turn == 0 and spent > seconds * 0.6)
+                if late and len(times) > 1:
                     break  # the shapes after it take longer still
                 measured = _measure(rig, shape, costly, clock)
                 times.setdefault(shape, []).append(measured)
                 took[shape] = clock() - began - spent
+                per_token = took[shape] / shape.tokens
                 bar.update(min(spent + took[shape], seconds) - bar.n)
     # The least of each: whatever disturbs a measurement makes it longer.
     least = {shape: _Times(*(min(part) for part in zip(*found, strict=True))) for shape, found in times.items()}

@@ -16,6 +16,9 @@ Ints = npt.NDArray[np.int64]
 
 LEVELS: Floats = np.arange(10) / 10  # survival from which a draft would be kept
 
+_SIEVES = 4
+_END = np.ones(1, dtype=np.bool_)
+
 
 def best_of_curve(survival: Floats, base: float, draft_ms: float, step_ms: Floats, margin: float = 0.0) -> Ints:
     """Drafts to keep per row [rows] so that expected tokens per second are highest. Looks at every confidence.
@@ -24,12 +27,12 @@ def best_of_curve(survival: Floats, base: float, draft_ms: float, step_ms: Float
     has no draft. base: tokens that come out without drafts. step_ms [at least drafts + 1]: the step's time with 0, 1,
     ... drafts in all. Trims only where that gains more than `margin` over keeping everything.
     """
-    order, gains = _sorted(survival)
+    gains = _highest_first(survival)
     rates = _rates(gains, base, draft_ms, step_ms)
     best = int(rates.argmax())  # of equal ones the fewest drafts
     if rates[best] <= rates[-1] * (1 + margin):
         best = len(gains)
-    return _per_row(order[:best], len(survival))
+    return _first(best, survival, gains)
 
 
 def early_stop(survival: Floats, base: float, draft_ms: float, step_ms: Floats) -> Ints:
@@ -39,46 +42,73 @@ def early_stop(survival: Floats, base: float, draft_ms: float, step_ms: Floats) 
     must not depend on the drafts (`rejection`). Steps in the times would stop it too soon; their lower convex hull,
     which depends on no draft at all, takes the place of the times.
     """
-    order, gains = _sorted(survival)
+    gains = _highest_first(survival)
     rates = _rates(gains, base, draft_ms, convex_hull(step_ms[: len(gains) + 1]))
     improves = rates[1:] > rates[:-1]
     kept = len(gains) if improves.all() else int(improves.argmin())
-    return _per_row(order[:kept], len(survival))
+    return _first(kept, survival, gains)
 
 
-def _sorted(survival: Floats) -> tuple[Ints, Floats]:
-    """Rows of the drafts in order of admission, and their survival: highest first, ties by slot, then by row."""
-    rows = survival.shape[0]
-    flat = np.minimum.accumulate(survival, axis=1).T.ravel()  # slot by slot, so that a stable sort settles ties
-    order = np.argsort(-flat, kind="stable")[: int(np.count_nonzero(flat > 0))]
-    return order % rows, flat[order]
+def _highest_first(survival: Floats) -> Floats:
+    """Survival of all drafts there are [drafts], in the order in which they are admitted."""
+    ascending = np.sort(survival, axis=None)
+    return ascending[ascending.searchsorted(0.0, side="right") :][::-1]
+
+
+def _first(count: int, survival: Floats, gains: Floats) -> Ints:
+    """How many of the first `count` drafts in order of admission are each row's; ties go by slot, then by row.
+
+    Only the last of them has to be known for that. Sorting the drafts themselves, and not just their survival, takes
+    several times as long as all the rest.
+    """
+    if not count:
+        return np.zeros(len(survival), dtype=np.int64)
+    last = gains[count - 1]
+    kept: Ints = (survival >= last).sum(1)
+    if count < len(gains) and gains[count] == last:
+        tied = np.flatnonzero((survival == last).T)  # slot by slot
+        kept -= np.bincount(tied[count - int(kept.sum()) :] % len(survival), minlength=len(survival))
+    return kept
 
 
 def _rates(gains: Floats, base: float, draft_ms: float, step_ms: Floats) -> Floats:
     """Expected tokens per millisecond with the first 0, 1, ... drafts."""
     expected = np.empty(len(gains) + 1)
-    expected[0] = base
-    np.cumsum(gains, out=expected[1:])
-    expected[1:] += base
+    expected[0] = 0.0
+    gains.cumsum(out=expected[1:])
+    expected += base
     rates: Floats = expected / (step_ms[: len(expected)] + draft_ms)
     return rates
 
 
-def _per_row(admitted: Ints, rows: int) -> Ints:
-    return np.bincount(admitted, minlength=rows).astype(np.int64)
-
-
 def convex_hull(times: Floats) -> Floats:
     """The largest convex curve nowhere above `times` [n]."""
-    corners, last = [0], len(times) - 1
-    while corners[-1] < last:
-        here = corners[-1]
-        slopes = (times[here + 1 :] - times[here]) / np.arange(1, last - here + 1)
-        least = slopes.min()
-        # The farthest point of the least slope, give or take rounding: measured curves have long straight pieces.
-        corners.append(here + 1 + int(np.flatnonzero(slopes <= least + 1e-9 * abs(least))[-1]))
-    hull: Floats = np.interp(np.arange(last + 1), corners, times[corners])
+    places = np.arange(len(times))
+    corners = places
+    for _ in range(_SIEVES):
+        x, y = corners, times[corners]
+        # On or above the line between its neighbours, a point is no corner; nor is it, where measured curves are
+        # straight, for lying below by a rounding error.
+        slopes = (y[1:] - y[:-1]) / (x[1:] - x[:-1])
+        bends = slopes[1:] - slopes[:-1] > 1e-9 * np.abs(slopes[1:])
+        corners = corners[np.concatenate([_END, bends, _END])[: len(corners)]]
+        if len(corners) == len(x):
+            break
+    corners = _wrapped(corners, times[corners])
+    hull: Floats = np.interp(places, corners, times[corners])
     return hull
+
+
+def _wrapped(x: Ints, y: Floats) -> Ints:
+    """The corners of the hull among these points, one after the other."""
+    found, last = [0], len(x) - 1
+    while found[-1] < last:
+        here = found[-1]
+        slopes = (y[here + 1 :] - y[here]) / (x[here + 1 :] - x[here])
+        least = slopes.min()
+        # The farthest point of the least slope, give or take rounding.
+        found.append(here + 1 + int((slopes <= least + 1e-9 * abs(least)).nonzero()[0][-1]))
+    return x[found]
 
 
 def lift_slow_rows(kept: Ints, survival: Floats, draft_ms: float, step_ms: Floats, tokens_per_s: float) -> Ints:
@@ -119,19 +149,26 @@ class Drafted:
     @staticmethod
     def of(samples: Floats) -> Drafted:
         """samples [n, width], each row falling."""
-        flat = np.sort(samples.ravel())
-        sums = np.concatenate([flat[::-1].cumsum()[::-1], [0.0]]) / len(samples)
-        slots = samples.mean(0).cumsum()
-        share = slots / slots[-1] if slots[-1] > 0 else np.ones_like(slots)
-        return Drafted(flat, sums, np.concatenate([[0.0], share]), len(samples))
+        flat = np.sort(samples, axis=None)
+        sums = np.zeros(len(flat) + 1)
+        sums[:-1] = flat[::-1].cumsum()[::-1]
+        sums /= len(samples)
+        by_limit = np.zeros(samples.shape[1] + 1)
+        samples.sum(0).cumsum(out=by_limit[1:])
+        if by_limit[-1] > 0:
+            by_limit /= by_limit[-1]
+        else:
+            by_limit[1:] = 1.0
+        return Drafted(flat, sums, by_limit, len(samples))
 
     def at(self, levels: Floats, scale: Floats, limits: Ints) -> tuple[Floats, Floats]:
         """Drafts kept and accepted, [rows, levels], of rows whose survival is `scale` [rows] times the usual."""
-        first = np.searchsorted(self.survival, levels / np.maximum(scale, 1e-6)[:, None])
-        share = self.by_limit[np.minimum(limits, len(self.by_limit) - 1)][:, None]
+        # Computed level by level: sums over many rows run along memory.
+        first = self.survival.searchsorted(levels[:, None] / np.maximum(scale, 1e-6))
+        share = self.by_limit[np.minimum(limits, len(self.by_limit) - 1)]
         kept = (len(self.survival) - first) / self.samples * share
-        gain = self.sums[first] * scale[:, None] * share
-        return np.minimum(kept, limits[:, None]), np.minimum(gain, limits[:, None])
+        gain = self.sums[first] * (scale * share)
+        return np.minimum(kept, limits, out=kept).T, np.minimum(gain, limits, out=gain).T
 
 
 def rows_worth_drafting(
@@ -143,15 +180,26 @@ def rows_worth_drafting(
     kept. draft_ms [rows + 1]: the time to draft for 0, 1, ... rows. step_ms as above. The rows with the most to gain
     come first; nobody drafts only where that gains more than `margin`.
     """
-    rows = len(gain)
-    order = np.argsort(-gain[:, 0], kind="stable")
-    total_kept = np.concatenate([np.zeros((1, gain.shape[1])), kept[order].cumsum(0)])  # [rows + 1, levels]
-    total_gain = np.concatenate([np.zeros((1, gain.shape[1])), gain[order].cumsum(0)])
-    # Between whole tokens the line is right: it is a mean over steps.
-    steps = np.interp(total_kept, np.arange(len(step_ms)), step_ms)
-    rates = ((base + total_gain) / (draft_ms[:, None] + steps)).max(1)  # [rows + 1]
-    some = 1 + int(rates[1:].argmax()) if rows else 0
+    rows, levels = gain.shape
+    order = (-gain[:, 0]).argsort(kind="stable")
+    total = np.zeros((2, levels, rows + 1))
+    kept.T.take(order, axis=1).cumsum(1, out=total[0, :, 1:])
+    gain.T.take(order, axis=1).cumsum(1, out=total[1, :, 1:])
+    rates = (base + total[1]) / (draft_ms + _means(step_ms, total[0]))
+    best = rates.max(0)  # [rows + 1]
+    some = 1 + int(best[1:].argmax()) if rows else 0
     chosen = np.zeros(rows, dtype=np.bool_)
-    if rates[some] * (1 + margin) >= rates[0]:
+    if best[some] * (1 + margin) >= best[0]:
         chosen[order[:some]] = True
     return chosen
+
+
+def _means(times: Floats, counts: Floats) -> Floats:
+    """Times at counts that are means over steps: between whole numbers the line is right. As np.interp, but quicker."""
+    whole = counts.astype(np.int64)
+    slopes = np.zeros(len(times))
+    np.subtract(times[1:], times[:-1], out=slopes[:-1])
+    part: Floats = counts - whole
+    part *= slopes.take(whole, mode="clip")
+    part += times.take(whole, mode="clip")
+    return part

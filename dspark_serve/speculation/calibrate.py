@@ -10,14 +10,17 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.types import GREEDY_TEMPERATURE, VerifyMode
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 RANGES = (GREEDY_TEMPERATURE, 0.6, 0.9, 1.2)  # upper ends of the temperature ranges; a last one is above
 _EDGE = 1e-4  # probabilities are kept this far from 0 and 1
@@ -76,6 +79,31 @@ class DraftSignals:
     largest: Floats | None  # largest draft probability
     n_draft: npt.NDArray[np.int64]  # [rows]
 
+    @cached_property
+    def groups(self) -> Mapping[tuple[str, int], slice | Ints]:
+        """Rows by drafter and temperature range; mostly there is one of each, and no row has to be picked."""
+        rows = len(self.kinds)
+        if rows and self.kinds.count(self.kinds[0]) == rows and (self.ranges == self.ranges[0]).all():
+            return {(self.kinds[0], int(self.ranges[0])): slice(None)}
+        found: dict[tuple[str, int], list[int]] = {}
+        for row, key in enumerate(zip(self.kinds, self.ranges.tolist(), strict=True)):
+            found.setdefault(key, []).append(row)
+        return {key: np.array(index) for key, index in found.items()}
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """A stored map as arrays [width]; the last slot's goes on beyond."""
+
+    confidence: Floats
+    largest: Floats
+    offset: Floats
+
+    @staticmethod
+    def of(slots: Sequence[SlotMap], width: int) -> _Slots:
+        table = np.array([(s.confidence, s.largest, s.offset) for s in slots], dtype=np.float64)
+        return _Slots(*table[np.minimum(np.arange(width), len(slots) - 1)].T.copy())
+
 
 @dataclass
 class _Offsets:
@@ -100,7 +128,8 @@ class Calibrator:
     head: str = ""  # the drafter that `stored` is for
     adaptive: frozenset[str] = frozenset()
     _offsets: dict[tuple[str, int], _Offsets] = field(default_factory=dict)
-    _own: dict[str, dict[str, float]] = field(default_factory=dict)  # request -> drafter -> offset
+    _own: PerRequest = field(default_factory=PerRequest)  # a column per drafter: offsets
+    _maps: dict[tuple[str, int], _Slots | None] = field(default_factory=dict)  # (mode, width), made when asked for
     _bins: Floats = field(default_factory=lambda: np.zeros((2, _BINS)))
 
     def probabilities(self, signals: DraftSignals) -> Floats:
@@ -110,36 +139,37 @@ class Calibrator:
             width = signals.confidence.shape[1]
         elif signals.largest is not None:
             width = signals.largest.shape[1]
-        logits = np.zeros((rows, width))
-        for (kind, level), index in _groups(signals).items():
+        logits = np.empty((rows, width))
+        for (kind, level), index in signals.groups.items():
             logits[index] = self._logits(kind, level, signals, index, width)
         said = sigmoid(logits)
-        said[np.arange(width) >= signals.n_draft[:, None]] = 0.0
+        if rows and signals.n_draft.min() < width:
+            said[np.arange(width) >= signals.n_draft[:, None]] = 0.0
         return said
 
-    def _logits(self, kind: str, level: int, signals: DraftSignals, index: list[int], width: int) -> Floats:
-        slots = self._maps(level) if kind == self.head else ()
-        told = None if signals.confidence is None else logit(signals.confidence[index])
-        if slots and not (signals.confidence is None and any(s.confidence for s in slots)):
-            columns = np.minimum(np.arange(width), len(slots) - 1)
-            table = np.array([(s.confidence, s.largest, s.offset) for s in slots])[columns]
-            logits = np.broadcast_to(table[:, 2], (len(index), width)).copy()
-            if told is not None:
-                logits += told * table[:, 0]
-            if signals.largest is not None:
-                logits += logit(signals.largest[index]) * table[:, 1]
-        else:
-            logits = np.zeros((len(index), width)) if told is None else told
+    def _logits(self, kind: str, level: int, signals: DraftSignals, index: slice | Ints, width: int) -> Floats:
+        """[rows of the group, width], or what broadcasts to that."""
+        slots = self._stored(level, width) if kind == self.head else None
+        logits: Floats = np.zeros((1, width)) if signals.confidence is None else logit(signals.confidence[index])
+        if slots is not None and (signals.confidence is not None or not slots.confidence.any()):
+            logits *= slots.confidence
+            logits += slots.offset
+            if signals.largest is not None and slots.largest.any():
+                logits = logits + logit(signals.largest[index]) * slots.largest
         learned = self._offsets.get((kind, level))
         if learned is not None:
             logits += learned.offset[:width]
         if kind not in self.adaptive:
-            own = [self._own.get(signals.requests[row], {}).get(kind, 0.0) for row in index]
-            logits += np.array(own)[:, None]
+            lines = self._own.lines(signals.requests)[index]
+            logits = logits + self._own.column(kind)[lines][:, None]
         return logits
 
-    def _maps(self, level: int) -> tuple[SlotMap, ...]:
-        return self.stored.get("greedy" if level == 0 else self.mode, ())
+    def _stored(self, level: int, width: int) -> _Slots | None:
+        mode = "greedy" if level == 0 else self.mode
+        if (mode, width) not in self._maps:
+            slots = self.stored.get(mode)
+            self._maps[mode, width] = _Slots.of(slots, width) if slots else None
+        return self._maps[mode, width]
 
     def learn(
         self, signals: DraftSignals, said: Floats, n_kept: npt.NDArray[np.int64], n_accepted: npt.NDArray[np.int64]
@@ -148,14 +178,13 @@ class Calibrator:
         slot = np.arange(said.shape[1])
         judged = slot < np.minimum(n_kept, n_accepted + 1)[:, None]  # [rows, width]
         came = slot < n_accepted[:, None]
-        error = np.where(judged, came - said, 0.0)
-        for (kind, level), index in _groups(signals).items():
+        error = (came - said) * judged
+        for (kind, level), index in signals.groups.items():
             self._learn_slots((kind, level), judged[index], error[index])
             if kind not in self.adaptive:
-                for row, total in zip(index, error[index].sum(1).tolist(), strict=True):
-                    mine = self._own.setdefault(signals.requests[row], {})
-                    own = _OWN_DECAY * mine.get(kind, 0.0) + _OWN_GAIN * total
-                    mine[kind] = min(max(own, -_OWN_LIMIT), _OWN_LIMIT)
+                lines, offset = self._own.lines(signals.requests)[index], self._own.column(kind)
+                own = _OWN_DECAY * offset[lines] + _OWN_GAIN * error[index].sum(1)
+                offset[lines] = own.clip(-_OWN_LIMIT, _OWN_LIMIT)
         self._count(said[judged], came[judged])
 
     def _learn_slots(self, key: tuple[str, int], judged: npt.NDArray[np.bool_], error: Floats) -> None:
@@ -165,8 +194,8 @@ class Calibrator:
         mine.labels[used] += seen
         # The first labels move an offset by much, later ones by little, and a large batch is still one step.
         gain = np.maximum(_SLOW, 4.0 / (mine.labels[used] + 8.0))
-        mine.offset[used] += np.clip(gain * error.sum(0), -0.5, 0.5)
-        np.clip(mine.offset, -_LIMIT, _LIMIT, out=mine.offset)
+        mine.offset[used] += (gain * error.sum(0)).clip(-0.5, 0.5)
+        mine.offset.clip(-_LIMIT, _LIMIT, out=mine.offset)
 
     def _count(self, said: Floats, came: npt.NDArray[np.bool_]) -> None:
         bins = np.minimum((said * _BINS).astype(np.int64), _BINS - 1)
@@ -181,15 +210,7 @@ class Calibrator:
         return float(np.abs(self._bins[0]).sum()) / total if total else 0.0
 
     def release(self, request_id: str) -> None:
-        self._own.pop(request_id, None)
-
-
-def _groups(signals: DraftSignals) -> dict[tuple[str, int], list[int]]:
-    """Rows by drafter and temperature range; mostly there is one of each."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for row, key in enumerate(zip(signals.kinds, signals.ranges.tolist(), strict=True)):
-        groups.setdefault(key, []).append(row)
-    return groups
+        self._own.release(request_id)
 
 
 def sigmoid(x: Floats) -> Floats:
@@ -198,6 +219,6 @@ def sigmoid(x: Floats) -> Floats:
 
 
 def logit(probability: Floats) -> Floats:
-    clipped = np.clip(probability, _EDGE, 1 - _EDGE)
+    clipped = probability.clip(_EDGE, 1 - _EDGE)
     result: Floats = np.log(clipped / (1 - clipped))
     return result

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 _EXACT = 64  # counts up to here have a bucket each, so that a cliff stays where it is
 _BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
@@ -120,35 +121,53 @@ class _Curve:
             self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
         self._bucket = np.array([_bucket(count) for count in range(last + 1)])
         # Keys are pairs: the octave of rows (0 for drafts), and the octave of the mean context.
-        self._by_count: dict[int, Floats] = {}  # first of the pair -> correction per bucket of counts
+        self._by_count: dict[int, _Factors] = {}
         self._by_context: dict[tuple[int, int], float] = {}
 
-    def times(self, first: int, last: int, rows: int, context: int | Floats, key: tuple[int, int]) -> Floats:
-        """Milliseconds for first..last counts without the machine's slowdown; the last known time goes on beyond."""
-        index = np.minimum(np.arange(first, last + 1), len(self._base) - 1)
-        base: Floats = self._base[index] + (self._row_ms * rows + self._key_ms * context)
-        learned, common = self._by_count.get(key[0]), self._by_context.get(key, 0.0)
-        if learned is None:
-            return base
-        factor: Floats = np.exp(learned[self._bucket[index]] + common)
-        return base * factor
+    def times(
+        self, first: int, last: int, rows: int, context: int | Floats, key: tuple[int, int], slowdown: float
+    ) -> Floats:
+        """Milliseconds for first..last counts; the last known time goes on beyond."""
+        times: Floats = _between(first, last, self._base) + (self._row_ms * rows + self._key_ms * context)
+        learned = self._by_count.get(key[0])
+        if learned is not None:
+            times *= _between(first, last, learned.factor)
+            slowdown *= math.exp(self._by_context.get(key, 0.0))
+        times *= slowdown
+        return times
 
     def time(self, count: int, rows: int, context: int, key: tuple[int, int]) -> float:
-        """The same for one count."""
+        """The same for one count, without the machine's slowdown."""
         count = min(count, len(self._base) - 1)
         base = float(self._base[count]) + self._row_ms * rows + self._key_ms * context
         learned = self._by_count.get(key[0])
         if learned is None:
             return base
-        return base * math.exp(float(learned[self._bucket[count]]) + self._by_context.get(key, 0.0))
+        return base * float(learned.factor[count]) * math.exp(self._by_context.get(key, 0.0))
 
     def correct(self, count: int, key: tuple[int, int], error: float, gain: float) -> None:
         """error: logarithm of measured over predicted time."""
         change = gain * min(max(error, -_CLIP), _CLIP)
-        bucket = self._bucket[min(count, len(self._bucket) - 1)]
-        learned = self._by_count.setdefault(key[0], np.zeros(int(self._bucket[-1]) + 1))
-        learned[bucket] = min(max(learned[bucket] + change, -_LIMIT), _LIMIT)
+        learned = self._by_count.get(key[0])
+        if learned is None:
+            learned = self._by_count[key[0]] = _Factors(self._bucket)
+        learned.change(min(count, len(self._bucket) - 1), change)
         self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
+
+
+class _Factors:
+    """A correction per bucket of counts, kept as a factor per count: read whole in every step, written in one place."""
+
+    def __init__(self, bucket: Ints) -> None:
+        self.factor: Floats = np.ones(len(bucket))
+        self._bucket: list[int] = bucket.tolist()  # [counts], ascending
+        self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
+
+    def change(self, count: int, change: float) -> None:
+        """Move the correction of this count's bucket by so much, in logarithms."""
+        moved = min(max(math.log(self.factor[count]) + change, -_LIMIT), _LIMIT)
+        bucket = self._bucket[count]
+        self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
 
 
 class CostModel:
@@ -184,7 +203,7 @@ class CostModel:
 
     def step_curve(self, first: int, last: int, rows: int, context: int, greedy: bool = False) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1]."""
-        return self._steps[greedy].times(first, last, rows, context, _step_key(rows, context)) * self.slowdown
+        return self._steps[greedy].times(first, last, rows, context, _step_key(rows, context), self.slowdown)
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
@@ -197,8 +216,9 @@ class CostModel:
         curve: Floats = np.zeros(rows + 1)
         if self._drafts and rows:
             contexts: Floats = context / rows * np.arange(1.0, rows + 1)
-            curve[1:] = self._drafts[greedy].times(1, rows, 1, contexts, _draft_key(rows, context))
-        return curve * self.slowdown
+            key = _draft_key(rows, context)
+            curve[1:] = self._drafts[greedy].times(1, rows, 1, contexts, key, self.slowdown)
+        return curve
 
     def observe_step(self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A step took `ms`, drafting not included."""
@@ -263,6 +283,13 @@ def _slope(points: Sequence[Point], of: str, key_ms: float = 0.0) -> float:
                 keys = key_ms * (a.context - b.context)
                 slopes.append((a.ms - b.ms - (keys if of == "rows" else 0.0)) / distance)
     return max(0.0, statistics.median(slopes)) if slopes else 0.0
+
+
+def _between(first: int, last: int, values: Floats) -> Floats:
+    """values[first..last], the last of all going on beyond; not to be changed."""
+    if last < len(values):
+        return values[first : last + 1]
+    return values[np.minimum(np.arange(first, last + 1), len(values) - 1)]
 
 
 def _octave(value: int) -> int:

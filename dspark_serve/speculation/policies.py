@@ -14,30 +14,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dspark_serve.speculation.budget import (
-    LEVELS,
-    Drafted,
-    best_of_curve,
-    early_stop,
-    lift_slow_rows,
-    rows_worth_drafting,
-)
-from dspark_serve.speculation.calibrate import Calibrator, DraftSignals, temperature_ranges
+from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, rows_worth_drafting
+from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.recent import Members, Recent
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import BudgetReport, Plan, Row, RowResult
+from dspark_serve.types import BudgetReport, Plan, Request, Row, RowResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _PROBE_SHARE = 0.005  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _FULL_SHARE = 0.005  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
-_SAMPLES = 64  # rows whose survival is remembered per temperature range
-_ENOUGH = 8  # of them before they decide anything
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
-_OTHERS = 4.0  # drafts of a request's own at which they count as much as those of all
-_MOST = 10.0  # times the usual survival
+_BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 
@@ -119,21 +109,16 @@ class _Load:
     greedy: bool  # all of these
 
     @staticmethod
-    def of(plan: Plan) -> _Load:
-        lengths = [row.length for row in plan.rows]
-        starts = [row.start for row in plan.rows]
-        tokens = sum(lengths)
-        greedy = [row.request.params.greedy for row in plan.rows if row.samples]
-        return _Load(tokens, len(lengths), tokens + sum(starts), len(greedy), all(greedy))
-
-
-@dataclass
-class _Own:
-    """One request's survival, summed over a whole block, of how many blocks, and when it drafted last."""
-
-    survival: float = 0.0
-    blocks: int = 0
-    step: int = -1
+    def of(plan: Plan, members: Members, context: int) -> _Load:
+        """members, context: of the rows that draft, which hold a token each."""
+        rows, count = len(plan.rows), len(members.requests)
+        if rows == count:
+            return _Load(rows, rows, context, rows, members.greedy)
+        rest = [row for row in plan.rows if row.max_drafts <= 0]
+        tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
+        greedy = [row.request.params.greedy for row in rest if row.samples]
+        sampling = count + len(greedy)
+        return _Load(count + tokens, rows, context + tokens + starts, sampling, members.greedy and all(greedy))
 
 
 @dataclass
@@ -145,6 +130,8 @@ class _Step:
     probed: str | None = None
     signals: DraftSignals | None = None
     said: Floats | None = None
+    drafted: tuple[int, int] = 0, 0  # rows with drafts of the costly drafter, and their context
+    steps: Floats = field(default_factory=lambda: np.zeros(0))  # predicted times with 0, 1, ... drafts
 
 
 class AutoBudget:
@@ -171,9 +158,8 @@ class AutoBudget:
         self._drafter, self._costly, self._lookup = drafter, costly, lookup
         self._per_user = tokens_per_s_per_user
         self._probes, self._full = _Allowance(_PROBE_SHARE), _Allowance(_FULL_SHARE)
-        self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
-        self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
-        self._own: dict[str, _Own] = {}
+        self._recent = Recent()
+        self._members: dict[tuple[Request, ...], Members] = {}
         self._steps = 0
         self._step = _Step(_Load(0, 0, 0, 0, True))
 
@@ -186,53 +172,59 @@ class AutoBudget:
 
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
-        self._step = step = _Step(_Load.of(plan))
         drafting = plan.drafting
+        members, context = self._who(drafting), _context(drafting)
+        self._step = step = _Step(_Load.of(plan, members, context))
         if not drafting or self._costly is None:
             return plan
-        worth = self._worth(drafting, step.load)
+        worth = self._worth(drafting, members, context)
         if not worth.all():
             self._probe(drafting, worth, step)
         if worth.all():
             return plan
         step.skipped["acceptance" if worth.any() else "cost"] = int((~worth).sum())
-        barred = {row.request.request_id for row, good in zip(drafting, worth.tolist(), strict=True) if not good}
-        rows = (self._bar(row) if row.request.request_id in barred else row for row in plan.rows)
+        good = iter(worth.tolist())
+        rows = [row if row.max_drafts <= 0 or next(good) else self._bar(row) for row in plan.rows]
         return replace(plan, rows=tuple(rows))
 
     def _bar(self, row: Row) -> Row:
-        return replace(row, lookup_only=True) if self._lookup else replace(row, max_drafts=0)
+        drafts = row.max_drafts if self._lookup else 0
+        return Row(row.request, row.start, row.length, row.samples, drafts, self._lookup)
 
-    def _worth(self, rows: Sequence[Row], load: _Load) -> npt.NDArray[np.bool_]:
+    def _worth(self, rows: Sequence[Row], members: Members, context: int) -> npt.NDArray[np.bool_]:
         """Rows that earn a draft, going by those of late; rows of which too little is known yet do."""
         limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
-        own = [self._own.get(row.request.request_id, _Own()) for row in rows]
-        ranges = temperature_ranges([row.request.params.temperature for row in rows])
-        kept, gain = np.zeros((2, len(rows), len(LEVELS)))
-        known = np.ones(len(rows), dtype=np.bool_)
-        for level in np.unique(ranges).tolist():
-            mine, samples = ranges == level, self._samples.get(level)
-            if samples is None or len(samples) < _ENOUGH:
-                known[mine] = False
-            else:
-                usual = max(float(samples.sum()) / len(samples), 1e-6)
-                scale = np.array([_scale(own[row], usual) for row in np.flatnonzero(mine).tolist()])
-                if level not in self._summaries:
-                    self._summaries[level] = Drafted.of(samples)
-                kept[mine], gain[mine] = self._summaries[level].at(LEVELS, scale, limits[mine])
-        steps = self.cost.step_curve(load.tokens, load.tokens + int(limits.sum()), load.rows, load.context, load.greedy)
-        drafts = self.cost.draft_curve(len(rows), _context(rows), load.greedy)
-        return rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin) | ~known
+        kept, gain, unknown = self._recent.expected(members, limits)
+        load, steps = self._step.load, self._times(int(limits.sum()))
+        drafts = self.cost.draft_curve(len(rows), context, load.greedy)
+        worth = rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin)
+        return worth if unknown is None else worth | unknown
+
+    def _who(self, rows: Sequence[Row]) -> Members:
+        requests = tuple([row.request for row in rows])
+        members = self._members.get(requests)
+        if members is None:
+            if len(self._members) >= _BATCHES:
+                self._members.clear()
+            members = self._members[requests] = Members.of(requests)
+        return members
+
+    def _times(self, drafts: int) -> Floats:
+        """The step's times with 0, 1, ... and at least this many drafts, until something is learned."""
+        step, load = self._step, self._step.load
+        if len(step.steps) <= drafts:
+            last = load.tokens + drafts
+            step.steps = self.cost.step_curve(load.tokens, last, load.rows, load.context, load.greedy)
+        return step.steps
 
     def _probe(self, rows: Sequence[Row], worth: npt.NDArray[np.bool_], step: _Step) -> None:
         """Let the row that has not drafted for longest draft all the same, if its time has been saved up."""
-        known = {index: self._own.get(row.request.request_id, _Own()).step for index, row in enumerate(rows)}
-        index = min((i for i in known if not worth[i]), key=lambda i: known[i])
-        load, row = step.load, rows[index]
-        drafts = self.cost.draft_curve(int(worth.sum()) + 1, _context([row]) * (int(worth.sum()) + 1), load.greedy)
-        steps = self.cost.step_curve(load.tokens, load.tokens + row.max_drafts, load.rows, load.context, load.greedy)
-        if self._probes.spend(float(drafts[-1] - drafts[-2] + steps[-1] - steps[0])):
-            worth[index], step.probed = True, row.request.request_id
+        requests = self._who(rows).requests
+        index = int(np.where(worth, np.inf, self._recent.last_steps(requests)).argmin())
+        row, steps, count = rows[index], self._times(rows[index].max_drafts), int(worth.sum()) + 1
+        drafts = self.cost.draft_curve(count, _context([row]) * count, step.load.greedy)
+        if self._probes.spend(float(drafts[-1] - drafts[-2] + steps[row.max_drafts] - steps[0])):
+            worth[index], step.probed = True, requests[index]
 
     # ---- after the draft, before verification
 
@@ -241,19 +233,20 @@ class AutoBudget:
         total, step = int(n_draft.sum()), self._step
         if not total:
             return proposal.n_draft
-        signals = self._signals(plan.drafting, proposal, n_draft)
+        drafting = plan.drafting
+        signals = self._signals(drafting, proposal, n_draft)
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival: Floats = step.said.cumprod(1)
-        load = step.load
-        times = self.cost.step_curve(load.tokens, load.tokens + total, load.rows, load.context, load.greedy)
-        draft_ms = self._draft_ms(plan.drafting, signals)
+        load, times, draft_ms = step.load, self._times(total), self._draft_ms(drafting, signals)
         if self.calibrator.mode == "coupled":
             kept = best_of_curve(survival, load.sampling, draft_ms, times, self.margin)
             if self._per_user:
                 kept = lift_slow_rows(kept, survival, draft_ms, times, self._per_user)
         else:
             kept = early_stop(survival, load.sampling, draft_ms, times)
-        self._remember(signals, survival, step.probed)
+        if self._costly is not None:
+            weight = 1 if step.probed is None else _PROBE_WEIGHT
+            self._recent.remember(signals, self._costly, survival, self._steps, weight)
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.
         whole = self._steps % len(n_draft)
         if kept[whole] < n_draft[whole] and self._full.spend(float(times[n_draft[whole]] - times[0])):
@@ -265,89 +258,62 @@ class AutoBudget:
         return counts
 
     def _signals(self, rows: Sequence[Row], proposal: Proposal, n_draft: Ints) -> DraftSignals:
+        members = self._who(rows)
         return DraftSignals(
-            requests=tuple(row.request.request_id for row in rows),
+            requests=members.requests,
             kinds=proposal.drafters or (self._drafter,) * len(rows),
-            ranges=temperature_ranges([row.request.params.temperature for row in rows]),
+            ranges=members.ranges,
             confidence=_host(proposal.confidence),
             largest=_host(proposal.largest),
             n_draft=n_draft,
         )
 
     def _draft_ms(self, rows: Sequence[Row], signals: DraftSignals) -> float:
-        neural = [row for row, kind in zip(rows, signals.kinds, strict=True) if kind == self._costly]
-        return self.cost.draft_ms(len(neural), _context(neural), self._step.load.greedy) if neural else 0.0
-
-    def _remember(self, signals: DraftSignals, survival: Floats, probed: str | None) -> None:
-        """Survival of whole blocks of the costly drafter, for later decisions whether to draft."""
-        costly = np.array([kind == self._costly for kind in signals.kinds]) & (signals.n_draft > 0)
-        if not costly.any():
-            return
-        for level in np.unique(signals.ranges[costly]).tolist():
-            mine = costly & (signals.ranges == level)
-            before = self._samples.get(level)
-            whole = survival[mine & (signals.n_draft == survival.shape[1])]
-            if before is not None:
-                whole, before = _widen(whole, before.shape[1]), _widen(before, whole.shape[1])
-            self._remember_rows(signals, mine, survival)
-            news = whole if probed is None else whole.repeat(_PROBE_WEIGHT, axis=0)
-            self._summaries.pop(level, None)
-            self._samples[level] = (news if before is None else np.concatenate([before, news]))[-_SAMPLES:]
-
-    def _remember_rows(self, signals: DraftSignals, mine: npt.NDArray[np.bool_], survival: Floats) -> None:
-        usual = survival[mine].mean(0).cumsum()
-        share = usual / max(float(usual[-1]), 1e-6)
-        for row in np.flatnonzero(mine).tolist():
-            # A request that may draft little is judged as if it had drafted whole blocks, as all others are.
-            whole = float(survival[row].sum()) / max(float(share[int(signals.n_draft[row]) - 1]), 1e-3)
-            own = self._own.setdefault(signals.requests[row], _Own())
-            own.blocks, own.step = own.blocks + 1, self._steps
-            own.survival += max(_OWN_GAIN, 1 / own.blocks) * (whole - own.survival)
+        """What the draft was expected to take."""
+        neural = rows
+        if signals.kinds.count(signals.kinds[0]) < len(rows) or signals.kinds[0] != self._costly:
+            neural = [row for row, kind in zip(rows, signals.kinds, strict=True) if kind == self._costly]
+        self._step.drafted = len(neural), _context(neural)
+        return self.cost.draft_ms(*self._step.drafted, self._step.load.greedy)
 
     # ---- after the step
 
     def learn(
         self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
     ) -> BudgetReport | None:
-        step, load, rows = self._step, self._step.load, plan.drafting
-        drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
-        tokens = load.tokens + sum(result.n_kept for result in drafted)
+        step, load = self._step, self._step.load
+        drafted = results
+        if len(plan.drafting) < len(results):
+            drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
+        n_kept = [result.n_kept for result in drafted]
+        tokens = load.tokens + sum(n_kept)
         predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy)
-        step_ms = sum(ms for phase, ms in phase_ms.items() if phase != "propose")
+        step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
         self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy)
         draft_ms = 0.0
         if step.signals is not None and step.said is not None:
-            neural = [row for row, kind in zip(rows, step.signals.kinds, strict=True) if kind == self._costly]
-            if neural:
-                draft_ms = self.cost.draft_ms(len(neural), _context(neural), load.greedy)
-                self.cost.observe_draft(len(neural), _context(neural), phase_ms.get("propose", 0.0), load.greedy)
-            n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
-            n_accepted = np.array([len(result.tokens) - 1 for result in drafted], dtype=np.int64)
-            self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
+            rows, context = step.drafted
+            if rows:
+                draft_ms = self.cost.draft_ms(rows, context, load.greedy)
+                self.cost.observe_draft(rows, context, phase_ms.get("propose", 0.0), load.greedy)
+            n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
+            self.calibrator.learn(step.signals, step.said, np.array(n_kept, dtype=np.int64), n_accepted)
         for allowance in (self._probes, self._full):
             allowance.earn(predicted_ms + draft_ms)  # predicted: a process that was stopped for a minute earned nothing
         return BudgetReport(predicted_ms, draft_ms, step.skipped, self.calibrator.error)
 
     def release(self, request_id: str) -> None:
-        self._own.pop(request_id, None)
+        self._members.clear()
+        self._recent.release(request_id)
         self.calibrator.release(request_id)
 
 
-def _scale(own: _Own, usual: float) -> float:
-    """A request's survival in times of the usual; the less it has drafted, the nearer to 1."""
-    return min((own.blocks * own.survival / usual + _OTHERS) / (own.blocks + _OTHERS), _MOST)
-
-
-def _widen(samples: Floats, width: int) -> Floats:
-    return np.pad(samples, ((0, 0), (0, width - samples.shape[1]))) if samples.shape[1] < width else samples
-
-
 def _context(rows: Sequence[Row]) -> int:
-    return sum(row.start + 1 for row in rows)
+    return sum([row.start for row in rows]) + len(rows)
 
 
 def _host(signal: Tensor | None) -> Floats | None:
     if signal is None:
         return None
-    values: Floats = signal.detach().cpu().numpy().astype(np.float64)
+    values: Floats = signal.numpy(force=True).astype(np.float64)
     return values

@@ -84,6 +84,37 @@ def test_shapes_fit_where_they_are_measured():
     assert Shape(4, 2, 128).keys == 4 * 129
 
 
+def test_prompts_are_measured_up_to_the_most_tokens_of_a_step():
+    """Beyond the last measured point times are extrapolated, so there is one at every doubling."""
+
+    def chunks(**options):
+        return {(s.rows, s.chunk) for s in shapes(rig(pages=4000, **options)[0]) if s.chunk > 1}
+
+    assert chunks(tokens=2048, length=4096) == {(1, n) for n in (32, 128, 512, 1024, 2048)}
+    assert chunks(tokens=300, length=4096) == {(1, 32), (1, 128), (1, 256)}
+    # Rows that cannot be that long: the longest that fits, and several of them.
+    assert chunks(tokens=256, length=100) == {(1, 32), (1, 64), (2, 64), (4, 64)}
+    assert chunks(tokens=256, length=24) == {(1, 16), (2, 16), (8, 16), (16, 16)}
+    assert chunks(tokens=512, length=4096, chunk=64) == {(1, 32), (1, 64), (2, 64), (8, 64)}
+    parts, _ = rig(pages=400, tokens=64, length=24)
+    assert 64 in {p.count for p in sweep(parts, None, 1.0, Ticks(1e-6)).steps}
+
+
+def test_a_long_prompt_that_does_not_fit_the_time_is_left_out(monkeypatch):
+    """A step is not begun if it would end too late, going by the one before: also in the first pass."""
+    parts, clock = rig(pages=4000, tokens=2048, length=4096)[0], Ticks(0.0)
+
+    def measure(rig, shape, costly, clock):
+        clock.now += 0.001 * shape.tokens
+        return profile._Times(0.0, 0.0, shape.tokens, shape.tokens)
+
+    monkeypatch.setattr(profile, "_measure", measure)
+    assert max(p.count for p in sweep(parts, None, 100.0, clock).steps) == 2048
+    clock.now = 0.0
+    assert max(p.count for p in sweep(parts, None, 3.0, clock).steps) in (512, 1024)
+    assert clock.now <= 3.0
+
+
 def test_a_profile_is_measured_once_for_what_it_holds_for(own_cache, monkeypatch):
     assert isinstance(build_engine(load_config(OPTIONS)).budget, AutoBudget)
     assert len(list(own_cache.iterdir())) == 1

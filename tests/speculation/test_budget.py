@@ -159,6 +159,55 @@ def test_more_load_never_means_more_drafts_per_row(
     assert heavy[1] <= light[1] + 1 / rows + 1e-9
 
 
+def admitted_one_by_one(survival: Floats, count: int) -> list[int]:
+    """Highest survival first, ties by slot, then by row."""
+    order = sorted((-survival[row, slot], slot, row) for row, slot in zip(*np.nonzero(survival), strict=True))
+    return [sum(row == each for _, _, row in order[:count]) for each in range(len(survival))]
+
+
+@given(problems(6, 4), st.data())
+@settings(max_examples=300, deadline=None)
+def test_counts_are_those_of_drafts_admitted_one_by_one(
+    problem: tuple[Floats, float, Floats], data: st.DataObject
+) -> None:
+    survival, _, _ = problem
+    drafts = int(np.count_nonzero(survival))
+    count = data.draw(st.integers(0, drafts))
+    step_ms = np.where(np.arange(drafts + 1) <= count, 1.0, 1e9)
+    for choose in (best_of_curve, early_stop):
+        assert choose(survival, len(survival), 0.0, step_ms).tolist() == admitted_one_by_one(survival, count)
+
+
+def hull_of(times: Floats) -> Floats:
+    """A chain of corners, as in a textbook."""
+    corners: list[int] = []
+    for here in range(len(times)):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (times[b] - times[a]) * (here - a) < (times[here] - times[a]) * (b - a):
+                break
+            corners.pop()
+        corners.append(here)
+    return np.interp(np.arange(len(times)), corners, times[corners])
+
+
+@pytest.mark.parametrize("kind", ["straight pieces", "bucket by bucket", "convex", "falls at the end", "noise"])
+def test_the_hull_of_long_curves(kind: str) -> None:
+    """Measured curves are straight between points, and learned corrections jump at the edges of their buckets."""
+    draw = np.random.default_rng(0)
+    for count in (2, 3, 10, 500, 1793):
+        places = np.arange(float(count))
+        times = 10 + np.interp(places, [0, count / 4, count], [0, 1, draw.uniform(2, 100)])
+        if kind == "bucket by bucket":
+            times *= np.exp(draw.normal(0, 0.1, count // 20 + 1)).repeat(20)[:count]
+        elif kind in ("convex", "falls at the end"):
+            times = 10 + places**2 / count
+            times[-1] = 5 if kind == "falls at the end" else times[-1]
+        elif kind == "noise":
+            times *= np.exp(draw.normal(0, 0.1, count))
+        np.testing.assert_allclose(convex_hull(times), hull_of(times), rtol=1e-8)
+
+
 def test_one_decision_takes_little_time() -> None:
     """256 rows of 7 drafts. The least of many runs: the machine may be busy with something else."""
     survival = np.random.default_rng(0).random((256, 7)).cumprod(1)

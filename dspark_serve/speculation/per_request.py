@@ -1,0 +1,73 @@
+"""Numbers kept for every live request, in arrays, so that a batch of requests is read and written in one operation.
+
+Must not know: what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_FIRST = 16  # lines to begin with
+_BATCHES = 4  # whose lines are remembered: a step asks for the same few again and again
+
+
+class PerRequest:
+    """A line per request, in columns by name; zeros at first. Lines of finished requests are used again."""
+
+    def __init__(self) -> None:
+        self._line: dict[str, int] = {}
+        self._free: list[int] = []
+        self._columns: dict[str, Floats] = {}
+        self._size = _FIRST
+        self._lines: dict[tuple[str, ...], Ints] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._line)
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def lines(self, requests: tuple[str, ...]) -> Ints:
+        """Where these requests are in every column [requests]; a request not seen before gets a line of zeros."""
+        found = self._lines.get(requests)
+        if found is None:
+            places = list(map(self._line.get, requests))
+            if None in places:
+                places = [self._find(request) for request in requests]
+            found = np.array(places, dtype=np.int64)
+            if len(self._lines) >= _BATCHES:
+                self._lines.clear()
+            self._lines[requests] = found
+        return found
+
+    def column(self, name: str) -> Floats:
+        """One number per line [lines]; to be changed in place, and not to be kept: `lines` may replace it."""
+        found = self._columns.get(name)
+        if found is None:
+            found = self._columns[name] = np.zeros(self._size)
+        return found
+
+    def release(self, request: str) -> None:
+        """Forget a request; unknown ones are fine."""
+        line = self._line.pop(request, None)
+        if line is not None:
+            self._lines.clear()
+            self._free.append(line)
+            for column in self._columns.values():
+                column[line] = 0.0
+
+    def _find(self, request: str) -> int:
+        line = self._line.get(request)
+        if line is None:
+            line = self._free.pop() if self._free else len(self._line)
+            self._line[request] = line
+            if line >= self._size:
+                self._size *= 2
+                self._columns = {name: np.pad(column, (0, len(column))) for name, column in self._columns.items()}
+        return line

@@ -1,0 +1,134 @@
+"""What blocks of drafts promised of late, from which the worth of the next is judged before it is made.
+
+Must not know: torch, more of a request than its id and temperature, what drafting and verifying cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_serve.speculation.budget import LEVELS, Drafted
+from dspark_serve.speculation.calibrate import DraftSignals, temperature_ranges
+from dspark_serve.speculation.per_request import PerRequest
+from dspark_serve.types import Request
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_SAMPLES = 64  # rows whose survival is remembered per temperature range
+_ENOUGH = 8  # of them before they decide anything
+_OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
+_OTHERS = 4.0  # drafts of a request's own at which they count as much as those of all
+_MOST = 10.0  # times the usual survival
+
+
+@dataclass(frozen=True)
+class Members:
+    """What does not change about the requests of a batch."""
+
+    requests: tuple[str, ...]  # [rows]
+    ranges: Ints  # [rows] see temperature_ranges
+    by_range: Mapping[int, slice | Ints]  # rows of each; mostly all are of one
+    greedy: bool  # all of them
+
+    @staticmethod
+    def of(requests: tuple[Request, ...]) -> Members:
+        ranges = temperature_ranges([request.params.temperature for request in requests])
+        found = np.unique(ranges).tolist()
+        rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
+        return Members(tuple([request.request_id for request in requests]), ranges, rows, found in ([], [0]))
+
+
+class Recent:
+    """Survival of the last blocks per temperature range, and of each request's own against that."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
+        self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
+        # "survival": of a block in the mean, summed over it; "blocks": how many; "step": when the last one was made.
+        self._own = PerRequest()
+
+    def expected(self, members: Members, limits: Ints) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:
+        """Drafts that rows would keep and have accepted, [rows, levels] each; which rows too little is known of [rows],
+        None if of none. limits [rows]: drafts that a row may have.
+        """
+        unknown = np.zeros(len(limits), dtype=np.bool_)
+        kept, gain = np.zeros((2, len(LEVELS), len(limits)))
+        for level, rows in members.by_range.items():
+            summary = self._summary(level)
+            if summary is None:
+                unknown[rows] = True
+            else:
+                scale = self._scale(members.requests, max(float(summary.sums[0]), 1e-6))
+                mine = summary.at(LEVELS, scale[rows], limits[rows])
+                if len(members.by_range) == 1:
+                    return *mine, None
+                kept[:, rows], gain[:, rows] = mine[0].T, mine[1].T
+        return kept.T, gain.T, unknown
+
+    def _summary(self, level: int) -> Drafted | None:
+        samples = self._samples.get(level)
+        if samples is None or len(samples) < _ENOUGH:
+            return None
+        if level not in self._summaries:
+            self._summaries[level] = Drafted.of(samples)
+        return self._summaries[level]
+
+    def _scale(self, requests: tuple[str, ...], usual: float) -> Floats:
+        """Each request's survival in times of the usual; the less it has drafted, the nearer to 1."""
+        lines = self._own.lines(requests)
+        blocks = self._own.column("blocks")[lines]
+        scale: Floats = (blocks * self._own.column("survival")[lines] / usual + _OTHERS) / (blocks + _OTHERS)
+        return np.minimum(scale, _MOST, out=scale)
+
+    def last_steps(self, requests: tuple[str, ...]) -> Floats:
+        """When each of these drafted last [requests]; 0: never."""
+        lines = self._own.lines(requests)
+        return self._own.column("step")[lines]
+
+    def remember(self, signals: DraftSignals, drafter: str, survival: Floats, step: int, weight: int = 1) -> None:
+        """Blocks that this drafter has made in a step; survival [rows, width]. Each counts `weight` times."""
+        for (kind, level), rows in signals.groups.items():
+            if kind == drafter:
+                n_draft = signals.n_draft[rows]
+                if not n_draft.all():
+                    drafted = np.flatnonzero(n_draft)
+                    rows, n_draft = np.arange(len(signals.kinds))[rows][drafted], n_draft[drafted]
+                if len(n_draft):
+                    blocks = survival[rows]
+                    whole = n_draft == blocks.shape[1]
+                    self._remember_all(level, blocks if whole.all() else blocks[whole], weight)
+                    self._remember_each(self._own.lines(signals.requests)[rows], n_draft, blocks, step)
+
+    def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:
+        """Of whole blocks only: how the others would have gone on is not known."""
+        if weight > 1:
+            blocks = blocks.repeat(weight, axis=0)
+        before = self._samples.get(level)
+        if before is not None and len(blocks) < _SAMPLES:
+            width = max(before.shape[1], blocks.shape[1])
+            blocks = np.concatenate([_widen(before, width), _widen(blocks, width)])
+        self._summaries.pop(level, None)
+        self._samples[level] = blocks[-_SAMPLES:]
+
+    def _remember_each(self, lines: Ints, n_draft: Ints, blocks: Floats, step: int) -> None:
+        usual = (blocks.sum(0) / len(blocks)).cumsum()
+        share = usual / max(float(usual[-1]), 1e-6)
+        # A request that may draft little is judged as if it had drafted whole blocks, as all others are.
+        whole = blocks.sum(1) / np.maximum(share[n_draft - 1], 1e-3)
+        survival, blocks_of = self._own.column("survival"), self._own.column("blocks")
+        own, count = survival[lines], blocks_of[lines] + 1
+        survival[lines] = own + np.maximum(_OWN_GAIN, 1 / count) * (whole - own)
+        blocks_of[lines] = count
+        self._own.column("step")[lines] = step
+
+    def release(self, request_id: str) -> None:
+        self._own.release(request_id)
+
+
+def _widen(samples: Floats, width: int) -> Floats:
+    return np.pad(samples, ((0, 0), (0, width - samples.shape[1]))) if samples.shape[1] < width else samples
