@@ -20,6 +20,7 @@ from common import facts, write_json
 
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.ngram import NgramDrafter
+from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS
 from dspark_serve.models.loader import read_config, resolve
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.evaluate import acceptance_by_slot, draft_passage, overlap_passage, walk_rounds
@@ -89,14 +90,16 @@ def measure(
         sampled = conversation.temperature > 0
         drafts = draft_passage(head, passage, target, conversation.seed if sampled else None)
         found, is_found = lookup(passage, size)
-        both = np.where(is_found[:, None], found, drafts.matches)
+        longer, _ = lookup(passage, max(size, LOOKUP_DRAFTS))
+        beyond = np.zeros((len(longer), longer.shape[1] - size), dtype=bool)
+        both = np.where(is_found[:, None], longer, np.hstack([drafts.matches, beyond]))
         tag = "T1 coupled" if sampled else "T0"
         for name, matches in (("head", drafts.matches), ("ngram", found), ("portfolio", both)):
             add(f"{tag} {name}", conversation, walk_rounds(matches, drafts.labels))
         if sampled:
             followed, ratios = overlap_passage(head, passage, target)
             add("T1 rejection head", conversation, walk_rounds(draw.random(ratios.shape) < ratios, followed.labels))
-    return {mode: _table(by_set, size) for mode, by_set in rounds.items()}
+    return {mode: _table(by_set, LOOKUP_DRAFTS if "portfolio" in mode else size) for mode, by_set in rounds.items()}
 
 
 def _table(by_set: dict[str, list[np.ndarray]], size: int) -> dict[str, dict[str, object]]:

@@ -17,6 +17,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
 
+LOOKUP_DRAFTS = 10  # of a lookup beside a head: they cost nothing to make, and a copy that has begun often goes on
 HEAD_COST = 0.3  # time of a head's draft, in steps of the target without drafts
 _DECAY = 0.98  # of old evidence, per new piece of it
 _OWN = 6.0  # drafts of a request's own at which its acceptance counts as much as that of all requests

@@ -20,7 +20,7 @@ from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
-from dspark_serve.drafters.portfolio import PortfolioDrafter
+from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import Rig, machine_profile
@@ -204,7 +204,8 @@ def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPl
 
     def make(store: KVStore, first_layer: int) -> PortfolioDrafter:
         drafter = head.make(store, first_layer)
-        return PortfolioDrafter(NgramDrafter(drafter.width, shortest, longest), drafter, head.name, store.page_size)
+        width = config.num_speculative_tokens or max(drafter.width, LOOKUP_DRAFTS)
+        return PortfolioDrafter(NgramDrafter(width, shortest, longest), drafter, head.name, store.page_size)
 
     return replace(head, name="portfolio", make=make)
 
