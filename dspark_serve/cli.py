@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="An LLM inference server whose speculative decoding is built in, exact, and never costs more than it earns.",
+    help="An LLM inference server whose speculative decoding is built in and exact.",
 )
 
 
