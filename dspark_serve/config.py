@@ -71,7 +71,9 @@ class SpeculationConfig(Section):
         default=None, description="Draft head in DeepSpec format (DSpark, DFlash, EAGLE-3): directory or hub id."
     )
     num_speculative_tokens: int | None = Field(
-        default=None, ge=0, description="Most drafts per request and step; default: as many as the head makes, or 4."
+        default=None,
+        ge=0,
+        description="Most drafts per request and step; default: as many as the head makes, lookups beside it 10; or 4.",
     )
     head_self_test: bool = Field(default=True, description="Try a draft head on a few prompts at load.")
     budget: str = Field(

@@ -204,7 +204,8 @@ def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPl
 
     def make(store: KVStore, first_layer: int) -> PortfolioDrafter:
         drafter = head.make(store, first_layer)
-        width = config.num_speculative_tokens or max(drafter.width, LOOKUP_DRAFTS)
+        wanted = config.num_speculative_tokens
+        width = max(drafter.width, LOOKUP_DRAFTS) if wanted is None else wanted
         return PortfolioDrafter(NgramDrafter(width, shortest, longest), drafter, head.name, store.page_size)
 
     return replace(head, name="portfolio", make=make)
