@@ -20,7 +20,7 @@ from common import facts, write_json
 
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS
+from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST
 from dspark_serve.models.loader import read_config, resolve
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.evaluate import acceptance_by_slot, draft_passage, overlap_passage, walk_rounds
@@ -56,9 +56,9 @@ def answer(model: str, weights: TargetWeights, taps: tuple[int, ...], prompts: P
     writer.close()
 
 
-def lookup(passage: Passage, size: int) -> tuple[np.ndarray, np.ndarray]:
+def lookup(passage: Passage, size: int, shortest: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Prompt-lookup drafts at every anchor as matches [anchors, size], and whether anything was found [anchors]."""
-    tokens, drafter = passage.tokens.tolist(), NgramDrafter(size)
+    tokens, drafter = passage.tokens.tolist(), NgramDrafter(size, shortest)
     anchors = range(passage.num_prompt, len(tokens) - 1)
     matches, found = np.zeros((len(anchors), size), dtype=bool), np.zeros(len(anchors), dtype=bool)
     prompt = tokens[: passage.num_prompt]
@@ -89,8 +89,8 @@ def measure(
             continue
         sampled = conversation.temperature > 0
         drafts = draft_passage(head, passage, target, conversation.seed if sampled else None)
-        found, is_found = lookup(passage, size)
-        longer, _ = lookup(passage, max(size, LOOKUP_DRAFTS))
+        found, _ = lookup(passage, size)
+        longer, is_found = lookup(passage, max(size, LOOKUP_DRAFTS), LOOKUP_SHORTEST)
         beyond = np.zeros((len(longer), longer.shape[1] - size), dtype=bool)
         both = np.where(is_found[:, None], longer, np.hstack([drafts.matches, beyond]))
         tag = "T1 coupled" if sampled else "T0"

@@ -91,7 +91,9 @@ class SpeculationConfig(Section):
     measure_again: bool = Field(
         default=False, description="Measure what steps and drafts cost here, even if that is in the cache."
     )
-    prompt_lookup_min: int = Field(default=2, ge=1, description="Shortest n-gram looked up.")
+    prompt_lookup_min: int | None = Field(
+        default=None, ge=1, description="Shortest n-gram looked up. Default: 2, beside a head 3."
+    )
     prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")
     per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = Field(
         default="summary",

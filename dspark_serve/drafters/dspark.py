@@ -1,7 +1,7 @@
 """DSpark: a block of drafts from one pass over the target's hidden states, then a sequential Markov bias. DFlash too.
 
-A DFlash head is one without Markov and confidence parts. Context K/V are extra layers of the paged store, written for
-every committed token, so that nothing is ever replayed. Must not know: verification, budget, scheduling.
+A DFlash head is one without Markov and confidence parts. Context K/V are extra layers of the paged store, and so, on a
+CPU, are the taps that they are made from: nothing is ever replayed. Must not know: verification, budget, scheduling.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +24,10 @@ from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, lar
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
-_ENOUGH = 32  # tokens whose context is written at once
+Ints = npt.NDArray[np.int64]
+
+_ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
+_IDLE = 8  # steps without a draft after which context is written for those that come to draft only
 
 
 class DSparkHead(Head):
@@ -34,7 +39,15 @@ class DSparkHead(Head):
 
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
-        return (LayerGeometry(self.config.kv_heads, self.config.head_dim),) * self.config.num_layers
+        context = (LayerGeometry(self.config.kv_heads, self.config.head_dim),) * self.config.num_layers
+        taps = LayerGeometry(1, len(self.config.taps) * self.config.hidden_size, 0)
+        return (*context, taps) if self.keeps_taps else context
+
+    @property
+    def keeps_taps(self) -> bool:
+        """Whether taps are kept in the store until a draft needs them. Where weights are quick to read and looking at
+        slots would make the device wait, context is written at once instead."""
+        return self.hidden_norm.weight.device.type == "cpu"
 
     def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore, first_layer: int) -> None:
         """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions and slots [n] int64.
@@ -42,7 +55,8 @@ class DSparkHead(Head):
         The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
         """
         if self.native is not None and taps.dtype == store.keys[first_layer].dtype == torch.float32:
-            layers, rotary = slice(first_layer, None), (positions, self.rotary.table(int(positions.max()) + 1))
+            layers = slice(first_layer, first_layer + self.config.num_layers)
+            rotary = positions, self.rotary.table(int(positions.max()) + 1)
             self.native.context(taps, slots, rotary, store.keys[layers], store.values[layers])
             return
         context = self.hidden_norm(self.fc(taps))  # [n, hidden]
@@ -64,7 +78,8 @@ class DSparkHead(Head):
         positions = (rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)).flatten()
         hidden = self.embed(ids.flatten())  # [rows * block, hidden]
         if self.native is not None and hidden.dtype == store.keys[first_layer].dtype == torch.float32:
-            layers, rotary = slice(first_layer, None), (positions, self.rotary.table(rows.longest + c.block_size))
+            layers = slice(first_layer, first_layer + c.num_layers)
+            rotary = positions, self.rotary.table(rows.longest + c.block_size)
             keys, values, spans = store.keys[layers], store.values[layers], self._spans(rows)
             self.native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True)
         else:
@@ -105,13 +120,13 @@ class DSparkDrafter:
     def __init__(self, head: DSparkHead, store: KVStore, first_layer: int, mode: VerifyMode, width: int) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # taps, positions, slots of K/V to come
-        self._pending_slots: set[int] = set()
+        self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
+        self._idle = 0  # steps since the last draft
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row]) -> Proposal:
-        self._write_pending()
+        self._write_owed(rows)
         head, store = self._head, self._store
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width = max(batch.counts)
@@ -156,30 +171,48 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
-        """Keeps what the context is made from. It is written before the next draft, or when there is enough of it: one
-        pass over the weights then serves many tokens, and a budget that does not draft costs next to nothing."""
+        """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
+        next to nothing, and those that do have many tokens written in one pass over the weights."""
         assert taps is not None
         fresh = taps, batch.positions, batch.slots
         if batch.drafts.shape[1]:
             index = committed(batch, verdict)
             fresh = taps[index], batch.positions[index], batch.slots[index]
-        if taps.device.type != "cpu":  # where weights are quick to read, and looking at slots would make it wait
+        if not self._head.keeps_taps:
             return self._head.write_context(*fresh, self._store, self._first_layer)
-        slots = fresh[2].tolist()
-        if not self._pending_slots.isdisjoint(slots):  # a page has a new owner: what was there comes first
-            self._write_pending()
-        self._pending.append(fresh)
-        self._pending_slots.update(slots)
-        if len(self._pending_slots) >= _ENOUGH:
-            self._write_pending()
+        taps, positions, slots = fresh
+        kept = self._kept_taps()
+        kept.index_copy_(0, slots, taps.to(kept.dtype))
+        self._owed[slots.numpy()] = True
+        self._idle += 1
+        if len(slots) >= _ENOUGH and self._idle <= _IDLE:
+            self._write(slots.numpy(), positions.numpy())
 
-    def _write_pending(self) -> None:
-        if not self._pending:
+    def _write_owed(self, rows: Sequence[Row]) -> None:
+        """Context of these rows, as far as it is not there."""
+        if not self._head.keeps_taps:
             return
-        taps, positions, slots = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        self._head.write_context(taps, positions, slots, self._store, self._first_layer)
-        self._pending.clear()
-        self._pending_slots.clear()
+        self._idle, size = 0, self._store.page_size
+        slots, positions = [], []
+        for row in rows:
+            pages = np.array(row.request.pages[: -(-row.start // size)], dtype=np.int64)
+            of_row = (pages[:, None] * size + np.arange(size)).ravel()[: row.start]
+            owed = self._owed[of_row].nonzero()[0]
+            slots.append(of_row[owed])
+            positions.append(owed)
+        found, first = np.unique(np.concatenate(slots), return_index=True)  # rows may share pages
+        if len(found):
+            self._write(found, np.concatenate(positions)[first])
+
+    def _write(self, slots: Ints, positions: Ints) -> None:
+        where = torch.from_numpy(slots)
+        taps = self._kept_taps().index_select(0, where)
+        self._head.write_context(taps, torch.from_numpy(positions), where, self._store, self._first_layer)
+        self._owed[slots] = False
+
+    def _kept_taps(self) -> Tensor:
+        """The store's layer of taps [slots, len(taps) * hidden]."""
+        return self._store.keys[self._first_layer + self._head.config.num_layers].flatten(0, -2)
 
     def release(self, request_id: str) -> None:
         """Nothing is kept per request: what the head knows of it lies in its pages."""

@@ -7,8 +7,9 @@ Must not know: verification, budget, how its drafters work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,48 +18,70 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
 
-LOOKUP_DRAFTS = 10  # of a lookup beside a head: they cost nothing to make, and a copy that has begun often goes on
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+LOOKUP_DRAFTS = 16  # of a lookup beside a head: they cost nothing to make, and a copy that has begun often goes on
+LOOKUP_SHORTEST = 3  # tokens that must have occurred before: what follows a pair, the head mostly knows better
 HEAD_COST = 0.3  # time of a head's draft, in steps of the target without drafts
 _DECAY = 0.98  # of old evidence, per new piece of it
 _OWN = 6.0  # drafts of a request's own at which its acceptance counts as much as that of all requests
+_GUESSED = 4.0  # drafts of all requests at which theirs counts as much as the first guess
 _PROBE_EVERY = 16  # a lookup that lost this often in a row is tried once
-_FIRST_GUESS = {"head": 0.5, "ngram2": 0.5, "ngram3": 0.6, "ngram4": 0.7, "ngram5": 0.8}
+_FIRST_GUESS = np.array([0.5, 0.5, 0.6, 0.7, 0.8])[:, None]  # by kind: of the head, of matches of 2, 3, 4 and 5 tokens
+_HEAD, _KINDS = 0, len(_FIRST_GUESS)
+_ALL = 0  # the line of all requests together
+_LINES = 16  # to begin with
 
 
-@dataclass
 class Acceptance:
-    """Running estimate per slot: the probability that a draft is accepted, given that those before it were."""
+    """Running estimates by request, kind and slot: the probability that a draft is accepted, given those before it.
 
-    tried: list[float] = field(default_factory=list)  # decayed counts
-    accepted: list[float] = field(default_factory=list)
+    What little is known of a request is drawn towards what is known of all, and that towards the first guess.
+    """
 
-    def record(self, n_kept: int, n_accepted: int) -> None:
+    def __init__(self, width: int) -> None:
+        self._counts: Floats = np.zeros((2, _LINES, _KINDS, width))  # tried and accepted, decayed
+        self._line: dict[str, int] = {}
+        self._free = list(range(_LINES - 1, _ALL, -1))
+        self._usual: Floats | None = None  # rates of all requests [kinds, width], until something is recorded
+
+    def lines(self, requests: Sequence[str]) -> Ints:
+        """Where these requests are [requests]; one not seen before begins without evidence."""
+        return np.array([self._line[name] if name in self._line else self._add(name) for name in requests])
+
+    def _add(self, request: str) -> int:
+        if not self._free:
+            lines = self._counts.shape[1]
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)], axis=1)
+            self._free = list(range(2 * lines - 1, lines - 1, -1))
+        self._line[request] = self._free.pop()
+        return self._line[request]
+
+    def rates(self, lines: Ints, kinds: Ints | int) -> Floats:
+        """The estimates for every slot [requests, width]; kinds [requests], or one for all."""
+        if self._usual is None:
+            tried, accepted = self._counts[:, _ALL]
+            self._usual = (accepted + _GUESSED * _FIRST_GUESS) / (tried + _GUESSED)
+        tried, accepted = self._counts[:, lines, kinds]
+        rates: Floats = (accepted + _OWN * self._usual[kinds]) / (tried + _OWN)
+        return rates
+
+    def record(self, request: str, kind: int, n_kept: int, n_accepted: int) -> None:
         """n_accepted of n_kept drafts were right: every slot up to the first wrong one was tried."""
-        for slot in range(min(n_kept, n_accepted + 1)):
-            if slot == len(self.tried):
-                self.tried.append(0.0)
-                self.accepted.append(0.0)
-            self.tried[slot] = self.tried[slot] * _DECAY + 1
-            self.accepted[slot] = self.accepted[slot] * _DECAY + (slot < n_accepted)
+        for line in (_ALL, int(self.lines([request])[0])):
+            tried, accepted = self._counts[:, line, kind, : min(n_kept, n_accepted + 1)]
+            tried *= _DECAY
+            tried += 1
+            accepted *= _DECAY
+            accepted[:n_accepted] += 1
+        self._usual = None
 
-    def rate(self, slot: int, guess: float, weight: float) -> float:
-        """The estimate for a slot, drawn towards `guess` as if that had been seen `weight` times."""
-        tried, accepted = (self.tried[slot], self.accepted[slot]) if slot < len(self.tried) else (0.0, 0.0)
-        return (accepted + weight * guess) / (tried + weight)
-
-
-@dataclass
-class _Record:
-    """What one request's drafts of each kind came to, and how often its lookups lost since one was last used."""
-
-    by_kind: dict[str, Acceptance] = field(default_factory=dict)
-    lost: int = 0
-
-
-@dataclass(frozen=True)
-class _Choice:
-    request_id: str
-    kind: str  # "head", or "ngram" and the length of the match
+    def release(self, request: str) -> None:
+        line = self._line.pop(request, None)
+        if line is not None:
+            self._counts[:, line] = 0.0
+            self._free.append(line)
 
 
 class PortfolioDrafter:
@@ -67,74 +90,69 @@ class PortfolioDrafter:
     def __init__(self, ngram: NgramDrafter, head: Drafter, head_name: str, page_size: int) -> None:
         self.taps, self.width = head.taps, max(head.width, ngram.width)
         self._ngram, self._head, self._head_name, self._page_size = ngram, head, head_name, page_size
-        self._overall: dict[str, Acceptance] = {}
-        self._records: dict[str, _Record] = {}
-        self._pending: dict[int, _Choice] = {}  # by the slot of the row's anchor, which no other row has
+        self._acceptance = Acceptance(self.width)
+        self._lost: dict[str, int] = {}  # how often a request's lookups lost since one was last used
+        self._pending: dict[int, tuple[str, int]] = {}  # request and kind, by the slot of the anchor: no other row's
 
     def propose(self, rows: Sequence[Row]) -> Proposal:
         found = [self._ngram.look_up(row) for row in rows]
-        kinds = [self._choose(row, length, len(drafts)) for row, (drafts, length) in zip(rows, found, strict=True)]
-        if "head" not in kinds and not any(drafts for drafts, _ in found):
+        requests = [row.request.request_id for row in rows]
+        counts = [len(drafts) for drafts, _ in found]
+        if not any(counts) and all(row.lookup_only for row in rows):
             self._pending = {}
             return Proposal.empty(len(rows))
+        lines, kinds = self._acceptance.lines(requests), np.array([_kind(length) for _, length in found])
+        chosen = kinds
+        if not all(row.lookup_only for row in rows):
+            chosen = self._choose(rows, lines, kinds, np.array(counts))
         self._pending = {
-            self._anchor_slot(row): _Choice(row.request.request_id, kind) for row, kind in zip(rows, kinds, strict=True)
+            self._anchor_slot(row): (request, kind)
+            for row, request, kind in zip(rows, requests, chosen.tolist(), strict=True)
         }
-        neural = [index for index, kind in enumerate(kinds) if kind == "head"]
-        looked_up = [index for index, kind in enumerate(kinds) if kind != "head"]
+        neural, looked_up = np.flatnonzero(chosen == _HEAD).tolist(), np.flatnonzero(chosen != _HEAD).tolist()
         drawn = self._head.propose([rows[index] for index in neural]) if neural else None
         copied = Proposal.from_lists([found[index][0] for index in looked_up], _device(drawn)) if looked_up else None
-        names = tuple(self._head_name if kind == "head" else "ngram" for kind in kinds)
-        confidence = self._confidence(rows, kinds)
-        return _merge(drawn, neural, copied, looked_up, names, confidence)
+        names = tuple(self._head_name if kind == _HEAD else "ngram" for kind in chosen.tolist())
+        return _merge(drawn, neural, copied, looked_up, names, self._acceptance.rates(lines, chosen))
 
-    def _choose(self, row: Row, length: int, count: int) -> str:
-        """Which kind drafts for a row whose last `length` tokens occurred before, and were followed by `count`."""
-        if row.lookup_only:
-            return _kind(length)
-        if not count:
-            return "head"
-        record = self._records.setdefault(row.request.request_id, _Record())
-        kind = _kind(length)
-        lookup = 1 + sum(self._survival(record, kind, count))
-        head = (1 + sum(self._survival(record, "head", min(self._head.width, row.max_drafts)))) / (1 + HEAD_COST)
-        record.lost = 0 if lookup >= head else record.lost + 1
-        return kind if lookup >= head or record.lost % _PROBE_EVERY == 0 else "head"
+    def _choose(self, rows: Sequence[Row], lines: Ints, kinds: Ints, counts: Ints) -> Ints:
+        """Which kind drafts for each row, where a lookup of `kinds` [rows] found `counts` [rows] tokens."""
+        limits = np.array([min(self._head.width, row.max_drafts) for row in rows])
+        lookup = 1 + self._expected(self._acceptance.rates(lines, kinds), counts)
+        head = (1 + self._expected(self._acceptance.rates(lines, _HEAD), limits)) / (1 + HEAD_COST)
+        chosen = np.zeros_like(kinds)  # the head
+        for index, (row, better) in enumerate(zip(rows, (lookup >= head).tolist(), strict=True)):
+            request = row.request.request_id
+            if row.lookup_only:
+                chosen[index] = kinds[index]
+            elif counts[index]:
+                lost = self._lost[request] = 0 if better else self._lost.get(request, 0) + 1
+                if lost % _PROBE_EVERY == 0:
+                    chosen[index] = kinds[index]
+        return chosen
 
-    def _survival(self, record: _Record, kind: str, count: int) -> list[float]:
-        """Probability that each of `count` drafts and all before it are accepted."""
-        survival, product = [], 1.0
-        for rate in self._rates(record, kind, count):
-            product *= rate
-            survival.append(product)
-        return survival
-
-    def _rates(self, record: _Record, kind: str, count: int) -> list[float]:
-        overall, own = self._overall.get(kind, Acceptance()), record.by_kind.get(kind, Acceptance())
-        guess = [overall.rate(slot, _FIRST_GUESS[kind], 4.0) for slot in range(count)]
-        return [own.rate(slot, guess[slot], _OWN) for slot in range(count)]
-
-    def _confidence(self, rows: Sequence[Row], kinds: Sequence[str]) -> list[list[float]]:
-        """Running acceptance of each row's kind, for drafts that come without a confidence of their own."""
-        records = [self._records.get(row.request.request_id, _Record()) for row in rows]
-        return [self._rates(record, kind, self.width) for record, kind in zip(records, kinds, strict=True)]
+    @staticmethod
+    def _expected(rates: Floats, counts: Ints) -> Floats:
+        """Drafts that will be accepted of the first counts[r] of each row [rows]."""
+        survival = rates.cumprod(1)
+        survival[np.arange(rates.shape[1]) >= counts[:, None]] = 0.0
+        expected: Floats = survival.sum(1)
+        return expected
 
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         self._head.observe(batch, taps, verdict)
         if not batch.drafts.shape[1]:
             return
-        first = torch.tensor(batch.query_lens).cumsum(0) - torch.tensor(batch.query_lens)
-        anchors = batch.slots[first.to(batch.slots.device)].tolist()
-        for slot, samples, accepted in zip(anchors, batch.sample_lens, verdict.n_accepted.tolist(), strict=True):
-            choice = self._pending.get(slot) if samples > 1 else None
-            if choice is None:
-                continue
-            self._overall.setdefault(choice.kind, Acceptance()).record(samples - 1, accepted)
-            own = self._records.setdefault(choice.request_id, _Record())
-            own.by_kind.setdefault(choice.kind, Acceptance()).record(samples - 1, accepted)
+        slots, first = batch.slots.tolist(), 0
+        accepted_of = verdict.n_accepted.tolist()
+        for length, samples, accepted in zip(batch.query_lens, batch.sample_lens, accepted_of, strict=True):
+            if samples > 1 and (choice := self._pending.get(slots[first])) is not None:
+                self._acceptance.record(*choice, samples - 1, accepted)
+            first += length
 
     def release(self, request_id: str) -> None:
-        self._records.pop(request_id, None)
+        self._lost.pop(request_id, None)
+        self._acceptance.release(request_id)
         self._ngram.release(request_id)
         self._head.release(request_id)
 
@@ -142,8 +160,8 @@ class PortfolioDrafter:
         return row.request.pages[row.start // self._page_size] * self._page_size + row.start % self._page_size
 
 
-def _kind(length: int) -> str:
-    return f"ngram{min(max(length, 2), 5)}"
+def _kind(length: int) -> int:
+    return min(max(length, 2), 5) - 1
 
 
 def _device(proposal: Proposal | None) -> torch.device | str:
@@ -156,14 +174,14 @@ def _merge(
     copied: Proposal | None,
     looked_up: Sequence[int],
     names: tuple[str, ...],
-    confidence: Sequence[Sequence[float]],
+    confidence: Floats,
 ) -> Proposal:
     """One proposal for all rows. Where the head's drafts have probabilities, those of a lookup are one-hot."""
     rows = len(names)
     width = max(part.tokens.shape[1] for part in (drawn, copied) if part is not None)
     device = _device(drawn)
     tokens = torch.full((rows, width), -1, dtype=torch.int64, device=device)
-    rates = torch.tensor([line[:width] for line in confidence], device=device).reshape(rows, width)
+    rates = torch.from_numpy(confidence[:, :width].astype(np.float32)).to(device)
     largest = torch.zeros((rows, width), device=device)
     n_draft = [0] * rows
     probs = None

@@ -141,8 +141,9 @@ def committed(batch: StepBatch, verdict: Verdict) -> Tensor:
     device, total = batch.token_ids.device, batch.token_ids.shape[0]
     if not batch.drafts.shape[1]:
         return torch.arange(total, device=device)
-    lens = torch.tensor(batch.query_lens, device=device)  # [rows]
-    kept = torch.tensor([max(n - 1, 0) for n in batch.sample_lens], device=device)
-    first = lens.cumsum(0) - lens
-    stay = first + lens - kept + verdict.n_accepted  # [rows] index after the row's last token that stays
-    return (torch.arange(total, device=device) < stay.repeat_interleave(lens)).nonzero().squeeze(1)
+    # Which token belongs to which row is known on the host: a few integers, not half a dozen operations on the device.
+    lens = np.array(batch.query_lens)
+    kept = np.maximum(np.array(batch.sample_lens) - 1, 0)
+    place = torch.from_numpy(np.arange(total) - (lens.cumsum() - kept).repeat(lens)).to(device)  # of drafts: 0, 1, ...
+    row = torch.from_numpy(np.arange(len(lens)).repeat(lens)).to(device)
+    return (place < verdict.n_accepted[row]).nonzero().squeeze(1)

@@ -20,7 +20,7 @@ from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
-from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, PortfolioDrafter
+from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import Rig, machine_profile
@@ -47,6 +47,7 @@ DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
 }
 _SELF_TEST_TOKENS = 1024  # K/V slots for it
 _NGRAM_DRAFTS = 4  # unless num_speculative_tokens says otherwise
+_NGRAM_SHORTEST = 2  # tokens that must have occurred before, where lookup drafts alone
 
 _GIB = 1 << 30
 logger = logging.getLogger(__name__)
@@ -189,8 +190,13 @@ def plan_drafter(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
 
 def _plan_ngram(config: SpeculationConfig) -> DrafterPlan:
     width = _NGRAM_DRAFTS if config.num_speculative_tokens is None else config.num_speculative_tokens
-    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
-    return DrafterPlan("ngram", lambda store, first: NgramDrafter(width, shortest, longest))
+    return DrafterPlan("ngram", lambda store, first: _lookup(config, width, _NGRAM_SHORTEST))
+
+
+def _lookup(config: SpeculationConfig, width: int, shortest: int) -> NgramDrafter:
+    """`shortest`: where the configuration leaves it open."""
+    wanted, longest = config.prompt_lookup_min, config.prompt_lookup_max
+    return NgramDrafter(width, min(shortest, longest) if wanted is None else wanted, longest)
 
 
 def _plan_head(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
@@ -200,13 +206,12 @@ def _plan_head(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
 
 def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
     head = _plan_head(config, target)
-    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
 
     def make(store: KVStore, first_layer: int) -> PortfolioDrafter:
         drafter = head.make(store, first_layer)
         wanted = config.num_speculative_tokens
         width = max(drafter.width, LOOKUP_DRAFTS) if wanted is None else wanted
-        return PortfolioDrafter(NgramDrafter(width, shortest, longest), drafter, head.name, store.page_size)
+        return PortfolioDrafter(_lookup(config, width, LOOKUP_SHORTEST), drafter, head.name, store.page_size)
 
     return replace(head, name="portfolio", make=make)
 

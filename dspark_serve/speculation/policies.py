@@ -14,19 +14,18 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, rows_worth_drafting
+from dspark_serve.speculation.admission import Admission, Allowance, Load
+from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
-from dspark_serve.speculation.recent import Members, Recent
+from dspark_serve.speculation.recent import Members
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import BudgetReport, Plan, Request, Row, RowResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_PROBE_SHARE = 0.005  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _FULL_SHARE = 0.005  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
-_PROBE_WEIGHT = 4  # a probe is rare, and is news
 _BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
@@ -80,58 +79,16 @@ class FixedBudget(KeepAll):
 
 
 @dataclass
-class _Allowance:
-    """A share of the time, saved up and spent on experiments."""
-
-    share: float
-    saved_ms: float = 0.0
-
-    def earn(self, ms: float) -> None:
-        self.saved_ms += self.share * ms
-
-    def spend(self, cost_ms: float) -> bool:
-        """True if the experiment can be paid; never saves up for more than two."""
-        self.saved_ms = min(self.saved_ms, 2 * cost_ms)
-        if self.saved_ms < cost_ms:
-            return False
-        self.saved_ms -= cost_ms
-        return True
-
-
-@dataclass(frozen=True)
-class _Load:
-    """A plan without its drafts, as the cost model sees it."""
-
-    tokens: int
-    rows: int
-    context: int
-    sampling: int  # rows from which a token comes out
-    greedy: bool  # all of these
-
-    @staticmethod
-    def of(plan: Plan, members: Members, context: int) -> _Load:
-        """members, context: of the rows that draft, which hold a token each."""
-        rows, count = len(plan.rows), len(members.requests)
-        if rows == count:
-            return _Load(rows, rows, context, rows, members.greedy)
-        rest = [row for row in plan.rows if row.max_drafts <= 0]
-        tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
-        greedy = [row.request.params.greedy for row in rest if row.samples]
-        sampling = count + len(greedy)
-        return _Load(count + tokens, rows, context + tokens + starts, sampling, members.greedy and all(greedy))
-
-
-@dataclass
 class _Step:
     """What was decided in a step, until its outcome is known."""
 
-    load: _Load
+    load: Load
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
     signals: DraftSignals | None = None
     said: Floats | None = None
     drafted: tuple[int, int] = 0, 0  # rows with drafts of the costly drafter, and their context
-    steps: Floats = field(default_factory=lambda: np.zeros(0))  # predicted times with 0, 1, ... drafts
+    looked_up: int = 0  # rows that looked up, where no row drafted with the costly drafter
 
 
 class AutoBudget:
@@ -155,13 +112,13 @@ class AutoBudget:
         if tokens_per_s_per_user and calibrator.mode != "coupled":
             raise ValueError("an objective per user needs verify_mode coupled: it looks at all confidences of a step")
         self.cost, self.calibrator = cost, calibrator
-        self._drafter, self._costly, self._lookup = drafter, costly, lookup
+        self._drafter, self._costly = drafter, costly
         self._per_user = tokens_per_s_per_user
-        self._probes, self._full = _Allowance(_PROBE_SHARE), _Allowance(_FULL_SHARE)
-        self._recent = Recent()
+        self._full = Allowance(_FULL_SHARE)
+        self._admission = None if costly is None else Admission(cost, costly, lookup)
         self._members: dict[tuple[Request, ...], Members] = {}
         self._steps = 0
-        self._step = _Step(_Load(0, 0, 0, 0, True))
+        self._step = _Step(Load(0, 0, 0, 0, True))
 
     @property
     def margin(self) -> float:
@@ -174,31 +131,19 @@ class AutoBudget:
         self._steps += 1
         drafting = plan.drafting
         members, context = self._who(drafting), _context(drafting)
-        self._step = step = _Step(_Load.of(plan, members, context))
-        if not drafting or self._costly is None:
+        self._step = step = _Step(Load.of(plan, members, context))
+        if not drafting or self._admission is None:
             return plan
-        worth = self._worth(drafting, members, context)
-        if not worth.all():
-            self._probe(drafting, worth, step)
-        if worth.all():
+        admitted = self._admission.decide(drafting, members, step.load, context, self._steps, self.margin)
+        step.probed = admitted.probed
+        if admitted.costly.all():
             return plan
-        step.skipped["acceptance" if worth.any() else "cost"] = int((~worth).sum())
-        good = iter(worth.tolist())
-        rows = [row if row.max_drafts <= 0 or next(good) else self._bar(row) for row in plan.rows]
+        step.skipped["acceptance" if admitted.costly.any() else "cost"] = int((~admitted.costly).sum())
+        if not admitted.costly.any():
+            step.looked_up = int(admitted.lookup.sum())
+        decided = zip(admitted.costly.tolist(), admitted.lookup.tolist(), strict=True)
+        rows = [row if row.max_drafts <= 0 else _barred(row, *next(decided)) for row in plan.rows]
         return replace(plan, rows=tuple(rows))
-
-    def _bar(self, row: Row) -> Row:
-        drafts = row.max_drafts if self._lookup else 0
-        return Row(row.request, row.start, row.length, row.samples, drafts, self._lookup)
-
-    def _worth(self, rows: Sequence[Row], members: Members, context: int) -> npt.NDArray[np.bool_]:
-        """Rows that earn a draft, going by those of late; rows of which too little is known yet do."""
-        limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
-        kept, gain, unknown = self._recent.expected(members, limits)
-        load, steps = self._step.load, self._times(int(limits.sum()))
-        drafts = self.cost.draft_curve(len(rows), context, load.greedy)
-        worth = rows_worth_drafting(kept, gain, load.sampling, drafts, steps, self.margin)
-        return worth if unknown is None else worth | unknown
 
     def _who(self, rows: Sequence[Row]) -> Members:
         requests = tuple([row.request for row in rows])
@@ -209,44 +154,28 @@ class AutoBudget:
             members = self._members[requests] = Members.of(requests)
         return members
 
-    def _times(self, drafts: int) -> Floats:
-        """The step's times with 0, 1, ... and at least this many drafts, until something is learned."""
-        step, load = self._step, self._step.load
-        if len(step.steps) <= drafts:
-            last = load.tokens + drafts
-            step.steps = self.cost.step_curve(load.tokens, last, load.rows, load.context, load.greedy)
-        return step.steps
-
-    def _probe(self, rows: Sequence[Row], worth: npt.NDArray[np.bool_], step: _Step) -> None:
-        """Let the row that has not drafted for longest draft all the same, if its time has been saved up."""
-        requests = self._who(rows).requests
-        index = int(np.where(worth, np.inf, self._recent.last_steps(requests)).argmin())
-        row, steps, count = rows[index], self._times(rows[index].max_drafts), int(worth.sum()) + 1
-        drafts = self.cost.draft_curve(count, _context([row]) * count, step.load.greedy)
-        if self._probes.spend(float(drafts[-1] - drafts[-2] + steps[row.max_drafts] - steps[0])):
-            worth[index], step.probed = True, requests[index]
-
     # ---- after the draft, before verification
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
         n_draft = np.array(proposal.n_draft, dtype=np.int64)
-        total, step = int(n_draft.sum()), self._step
-        if not total:
-            return proposal.n_draft
-        drafting = plan.drafting
+        total, step, drafting = int(n_draft.sum()), self._step, plan.drafting
         signals = self._signals(drafting, proposal, n_draft)
+        if not total:
+            if step.looked_up and self._admission is not None:
+                self._admission.remember_nothing_found(signals, self.calibrator.width, self._steps)
+            return proposal.n_draft
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival: Floats = step.said.cumprod(1)
-        load, times, draft_ms = step.load, self._times(total), self._draft_ms(drafting, signals)
+        load, draft_ms = step.load, self._draft_ms(drafting, signals)
+        times = self.cost.step_curve(load.tokens, load.tokens + total, load.rows, load.context, load.greedy)
         if self.calibrator.mode == "coupled":
             kept = best_of_curve(survival, load.sampling, draft_ms, times, self.margin)
             if self._per_user:
                 kept = lift_slow_rows(kept, survival, draft_ms, times, self._per_user)
         else:
             kept = early_stop(survival, load.sampling, draft_ms, times)
-        if self._costly is not None:
-            weight = 1 if step.probed is None else _PROBE_WEIGHT
-            self._recent.remember(signals, self._costly, survival, self._steps, weight)
+        if self._admission is not None:
+            self._admission.remember(signals, survival, self._steps, step.probed is not None)
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.
         whole = self._steps % len(n_draft)
         if kept[whole] < n_draft[whole] and self._full.spend(float(times[n_draft[whole]] - times[0])):
@@ -298,14 +227,22 @@ class AutoBudget:
                 self.cost.observe_draft(rows, context, phase_ms.get("propose", 0.0), load.greedy)
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
             self.calibrator.learn(step.signals, step.said, np.array(n_kept, dtype=np.int64), n_accepted)
-        for allowance in (self._probes, self._full):
-            allowance.earn(predicted_ms + draft_ms)  # predicted: a process that was stopped for a minute earned nothing
+        spent_ms = predicted_ms + draft_ms  # predicted: a process that was stopped for a minute earned nothing
+        self._full.earn(spent_ms)
+        if self._admission is not None:
+            self._admission.learn(spent_ms, step.looked_up, phase_ms.get("propose", 0.0))
         return BudgetReport(predicted_ms, draft_ms, step.skipped, self.calibrator.error)
 
     def release(self, request_id: str) -> None:
         self._members.clear()
-        self._recent.release(request_id)
+        if self._admission is not None:
+            self._admission.release(request_id)
         self.calibrator.release(request_id)
+
+
+def _barred(row: Row, costly: bool, lookup: bool) -> Row:
+    """The row as it may draft."""
+    return row if costly else Row(row.request, row.start, row.length, row.samples, row.max_drafts * lookup, lookup)
 
 
 def _context(rows: Sequence[Row]) -> int:

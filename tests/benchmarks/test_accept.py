@@ -12,7 +12,7 @@ import torch
 
 from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.drafters.portfolio import PortfolioDrafter, _kind
+from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.training.anchors import Passage
 from dspark_serve.training.passages import PassageSource
 from dspark_serve.training.target import TargetWeights
@@ -69,7 +69,10 @@ def measured(model, prompts, tmp_path_factory):
 
 
 def portfolio_that_always_looks_up(monkeypatch):
-    monkeypatch.setattr(PortfolioDrafter, "_choose", lambda self, row, length, n: _kind(length) if n else "head")
+    def choose(self, rows, lines, kinds, counts):
+        return np.where(counts > 0, kinds, 0)
+
+    monkeypatch.setattr(PortfolioDrafter, "_choose", choose)
     return plan_named("portfolio")
 
 

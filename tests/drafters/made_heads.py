@@ -10,7 +10,7 @@ from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.heads import plan_from_tensors
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
-from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, PortfolioDrafter
+from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, PortfolioDrafter
 from dspark_serve.models.loader import iterate_weights, read_config
 from dspark_serve.speculation.policies import KeepAll
 from tests.drafters.golden import GOLDENS, golden_plan, golden_target
@@ -44,7 +44,8 @@ def portfolio(mode):
     head = golden_plan("dspark_vanilla", mode)
 
     def make(store, first):
-        return PortfolioDrafter(NgramDrafter(LOOKUP_DRAFTS, 2, 5), head.make(store, first), head.name, store.page_size)
+        ngram = NgramDrafter(LOOKUP_DRAFTS, LOOKUP_SHORTEST)
+        return PortfolioDrafter(ngram, head.make(store, first), head.name, store.page_size)
 
     return replace(head, name="portfolio", make=make)
 

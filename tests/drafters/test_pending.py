@@ -8,6 +8,7 @@ import torch
 
 from dspark_serve.drafters import dspark as module
 from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.types import Row
 from tests.drafters.golden import golden_plan, golden_runs, golden_target
 from tests.toy import make_engine, make_request, run
 
@@ -30,8 +31,9 @@ class Sometimes(KeepAll):
         return proposal.n_draft
 
 
-def served(enough, monkeypatch):
+def served(monkeypatch, enough, idle):
     monkeypatch.setattr(module, "_ENOUGH", enough)
+    monkeypatch.setattr(module, "_IDLE", idle)
     budget = Sometimes()
     engine = make_engine(golden_target(), golden_plan("dspark_vanilla"), budget=budget, page_size=8, pages=26, seqs=4)
     runs = golden_runs("dspark_vanilla")
@@ -44,28 +46,73 @@ def served(enough, monkeypatch):
     return got.tokens, budget.drafts, sum(report.num_preempted for report in reports)
 
 
-@pytest.mark.parametrize("enough", [7, 32, 10**9])
-def test_drafts_do_not_depend_on_when_context_is_written(enough, monkeypatch):
-    tokens, drafts, preempted = served(1, monkeypatch)
+@pytest.mark.parametrize(("enough", "idle"), [(7, 10**9), (32, 1), (10**9, 0)])
+def test_drafts_do_not_depend_on_when_context_is_written(enough, idle, monkeypatch):
+    tokens, drafts, preempted = served(monkeypatch, 1, 10**9)  # all of it at once
     assert preempted > 0
     assert len(drafts) > 20
-    assert served(enough, monkeypatch) == (tokens, drafts, preempted)
+    assert served(monkeypatch, enough, idle) == (tokens, drafts, preempted)
 
 
-def test_a_slot_with_a_new_owner_is_written_twice_in_order(monkeypatch):
-    drafter = make_engine(golden_target(), golden_plan("dspark_vanilla")).drafter
+def observing(monkeypatch):
+    """A drafter that is shown slots whose taps are all of one value; and what it has written, as (slots, taps)."""
+    drafter = make_engine(golden_target(), golden_plan("dspark_vanilla"), page_size=8).drafter
     written = []
-    monkeypatch.setattr(type(drafter._head), "write_context", lambda self, taps, pos, slots, *a: written.append(slots))
 
-    def observe(*slots):
+    def write(self, taps, positions, slots, *store):
+        written.append((slots.tolist(), taps[:, 0].tolist()))
+
+    monkeypatch.setattr(type(drafter._head), "write_context", write)
+
+    def observe(slots, value):
         slots = torch.tensor(slots)
         batch = SimpleNamespace(positions=slots, slots=slots, drafts=torch.empty(len(slots), 0))
-        drafter.observe(batch, torch.zeros(len(slots), 3), None)
+        drafter.observe(batch, torch.full((len(slots), drafter._kept_taps().shape[1]), float(value)), None)
 
-    observe(20, 21)
-    observe(22)
+    return drafter, observe, written
+
+
+def row(start, *pages):
+    request = make_request("r", [1, 2], temperature=0.0, max_tokens=1)
+    request.pages[:] = pages
+    return Row(request, start, 1, True, 4)
+
+
+def test_context_is_written_once_and_for_rows_that_draft_only(monkeypatch):
+    drafter, observe, written = observing(monkeypatch)
+    observe([16, 17, 18], 1.0)
+    observe([24, 25], 2.0)
     assert written == []
-    observe(30, 21)
-    assert [part.tolist() for part in written] == [[20, 21, 22]]
-    observe(*range(40, 40 + module._ENOUGH))
-    assert [part.tolist() for part in written[1:]] == [[30, 21, *range(40, 40 + module._ENOUGH)]]
+    drafter._write_owed([row(2, 2), row(3, 2)])  # two rows that share a page
+    assert written.pop() == ([16, 17, 18], [1.0] * 3)
+    observe([19], 3.0)
+    drafter._write_owed([row(4, 2)])
+    assert written.pop() == ([19], [3.0])
+    drafter._write_owed([row(4, 2)])
+    assert written == []
+
+
+def test_a_slot_with_a_new_owner_has_its_context(monkeypatch):
+    drafter, observe, written = observing(monkeypatch)
+    observe([16, 17], 1.0)
+    observe([17], 2.0)  # the first owner never drafted
+    drafter._write_owed([row(2, 2)])
+    assert written.pop() == ([16, 17], [1.0, 2.0])
+    observe([16], 3.0)  # this one did
+    drafter._write_owed([row(2, 2)])
+    assert written.pop() == ([16], [3.0])
+
+
+def test_long_prompts_are_written_at_once_while_there_are_drafts(monkeypatch):
+    drafter, observe, written = observing(monkeypatch)
+    monkeypatch.setattr(module, "_ENOUGH", 4)
+    observe([16, 17, 18, 19], 1.0)
+    assert written.pop() == ([16, 17, 18, 19], [1.0] * 4)
+    for _ in range(module._IDLE):
+        observe([24], 1.0)
+    observe([32, 33, 34, 35], 1.0)
+    assert written == []
+    drafter._write_owed([row(1, 3)])
+    written.clear()
+    observe([40, 41, 42, 43], 1.0)
+    assert written.pop() == ([40, 41, 42, 43], [1.0] * 4)

@@ -20,7 +20,7 @@ from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams, VerifyMode
 from tests.speculation.test_verify import step_batch
 
-WIDTH = 4
+WIDTH, LOOKING_MS = 4, 0.05
 
 
 def cost(step_ms: Callable[[int], float], draft_ms: Callable[[int], float] | None, top: int = 400) -> CostModel:
@@ -47,9 +47,11 @@ class Server:
     noise: float = 0.05
     spread: float = 0.0  # of the drafter's confidence around the rate, in logits
     limit: int | None = None  # max_draft_tokens of the requests
+    found: float = 0.5  # acceptance of what rows look up that may not draft otherwise; 0: they find nothing
     now_ms: float = 0.0
     tokens: int = 0
     drafted: list[int] = field(default_factory=list)  # rows that drafted, per step
+    looked_up: list[int] = field(default_factory=list)  # rows that only looked up
     kept: list[list[int]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -64,17 +66,24 @@ class Server:
         plan = Plan(tuple(Row(request, 99, 1, True, width) for request in self.requests))
         plan = self.budget.admit(plan)
         drafting = plan.drafting
-        rates = [self.rates[int(row.request.request_id[1:])] for row in drafting]
+        looking = [row.lookup_only for row in drafting]
+        rates = [
+            self.found or 0.5 if row.lookup_only else self.rates[int(row.request.request_id[1:])] for row in drafting
+        ]
         logits = np.array([math.log(r / (1 - r)) for r in rates])[:, None]
         shape = (len(rates), width)
         confidence = 1 / (1 + np.exp(-logits - self.draw.normal(0, self.spread, shape))) if rates else np.zeros(shape)
         proposal = Proposal(
-            torch.zeros(shape, dtype=torch.int64), (width,) * len(rates), confidence=torch.from_numpy(confidence)
+            torch.zeros(shape, dtype=torch.int64),
+            tuple(width if self.found or not look else 0 for look in looking),
+            confidence=torch.from_numpy(confidence),
+            drafters=tuple("ngram" if look else "head" for look in looking),
         )
         kept = list(self.budget.choose(plan, proposal))
         assert all(0 <= k <= width for k in kept)
         took_ms = {"forward": self.step_ms(len(plan.rows) + sum(kept)) * self.disturbance()}
-        took_ms["propose"] = self.draft_ms(len(rates)) * self.disturbance() if rates else 0.01
+        passes = len(rates) - sum(looking)
+        took_ms["propose"] = self.draft_ms(passes) * self.disturbance() if passes else 0.01 + LOOKING_MS * len(rates)
         accepted = np.logical_and.accumulate(self.draw.random(shape) < confidence, axis=1).sum(1).tolist()
         outcome = iter(zip(kept, accepted, strict=True))
         results = []
@@ -84,7 +93,8 @@ class Server:
         self.budget.learn(plan, proposal, results, took_ms)
         self.now_ms += sum(took_ms.values())
         self.tokens += sum(len(result.tokens) for result in results)
-        self.drafted.append(len(rates))
+        self.drafted.append(passes)
+        self.looked_up.append(sum(looking))
         self.kept.append(kept)
 
     def disturbance(self) -> float:
@@ -196,13 +206,52 @@ def test_a_drafter_without_cost_always_drafts() -> None:
     assert np.mean([sum(kept) for kept in server.kept[-50:]]) < 1  # and nearly nothing of it is verified
 
 
-def test_rows_that_may_look_up_still_do() -> None:
-    server = Server(budget(cost(cheap, drafting), lookup=True), cheap, drafting, [0.02] * 8)
-    for _ in range(100):
+def looking(found: float, step_ms: Callable[[int], float] = cheap, **options: object) -> Server:
+    return Server(budget(cost(step_ms, drafting), lookup=True), step_ms, drafting, [0.02] * 8, found=found, **options)  # type: ignore[arg-type]
+
+
+def test_rows_that_earn_no_pass_look_up_where_that_pays() -> None:
+    server = looking(found=0.8)
+    server.run(300)
+    assert sum(server.drafted[-100:]) < 20
+    assert np.mean(server.looked_up[-100:]) > 7.5
+    assert np.mean([sum(kept) for kept in server.kept[-100:]]) > 8
+
+
+@pytest.mark.parametrize(("found", "step_ms"), [(0.0, cheap), (0.5, dear)])
+def test_lookups_that_find_nothing_or_earn_nothing_are_given_up(found: float, step_ms: Callable[[int], float]) -> None:
+    server = looking(found, step_ms, noise=0.0)
+    server.run(100)
+    server.looked_up.clear()
+    now_ms, steps = server.now_ms, 1500
+    server.run(steps)
+    spent_ms = server.now_ms - now_ms - steps * (step_ms(8) + 0.01)
+    assert sum(server.looked_up) > 0
+    assert spent_ms < 0.015 * (server.now_ms - now_ms)  # looks, probes of the head, whole blocks: half a percent each
+
+
+def test_lookups_that_begin_to_find_something_are_found_out() -> None:
+    server = looking(found=0.0)
+    server.run(300)
+    server.found = 0.9
+    server.run(300)
+    assert np.mean(server.looked_up[-50:]) > 7
+
+
+def test_a_decision_holds_until_the_rows_change() -> None:
+    server = served(cheap, [0.8] * 3)
+    server.run(50)
+    asked: list[int] = []
+    assert server.budget._admission is not None
+    expected = server.budget._admission._drafted.expected
+    server.budget._admission._drafted.expected = lambda *args: asked.append(1) or expected(*args)  # type: ignore
+    server.run(40)
+    assert len(asked) == 10
+    asked.clear()
+    for _ in range(5):
+        server.requests[0] = Request("r0", (1,), SamplingParams(), seed=0)
         server.step()
-    plan = server.budget.admit(Plan(tuple(Row(request, 99, 1, True, WIDTH) for request in server.requests)))
-    assert len(plan.drafting) == 8
-    assert sum(row.lookup_only for row in plan.rows) >= 7
+    assert len(asked) == 5
 
 
 def test_reports_say_who_was_skipped_and_what_was_expected() -> None:
