@@ -6,6 +6,7 @@ made up, what decides is the real thing. One thread, no model.
 
 from __future__ import annotations
 
+import statistics
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(
     torch.set_num_threads(1)
     steps = 60 if quick else 400
     table = Table(title=f"the budget's host time, {WIDTH} drafts per row, us: median [quartiles]")
-    for column in ("verification", "rows", *PARTS, "admit + choose", "drafts kept"):
+    for column in ("verification", "rows", *PARTS, "admit + choose", "mean", "drafts kept"):
         table.add_column(column, justify="right")
     found: list[dict[str, Any]] = []
     for mode in MODES:
@@ -101,10 +102,13 @@ def main(
                 times.append(served.step())
                 kept += served.kept
             parts = {name: Spread.of(part) for name, part in zip(PARTS, zip(*times, strict=True), strict=True)}
-            decision = Spread.of([admit + choose for admit, choose, _ in times])
-            found.append({"mode": mode, "rows": rows, **parts, "decision": decision, "kept": kept / steps})
+            sums = [admit + choose for admit, choose, _ in times]
+            decision, mean = Spread.of(sums), statistics.fmean(sums)  # one step in several decides anew who drafts
+            found.append(
+                {"mode": mode, "rows": rows, **parts, "decision": decision, "mean": mean, "kept": kept / steps}
+            )
             spreads = [f"{s.median:.0f} [{s.low:.0f}, {s.high:.0f}]" for s in (*parts.values(), decision)]
-            table.add_row(mode, str(rows), *spreads, f"{kept / steps:.1f} of {rows * WIDTH}")
+            table.add_row(mode, str(rows), *spreads, f"{mean:.0f}", f"{kept / steps:.1f} of {rows * WIDTH}")
     Console(width=130).print(table)
     write_json(json_path, {"facts": facts(), "unit": "us", "parts": found})
 

@@ -25,7 +25,7 @@ LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that d
 
 _PROBE_SHARE = 0.005  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_HOLD = 4  # steps that a decision holds for while the rows are the same
+_HOLD = 8  # steps that a decision holds for while the rows are the same
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement
 
@@ -37,20 +37,34 @@ class Load:
     tokens: int
     rows: int
     context: int
-    sampling: int  # rows from which a token comes out
-    greedy: bool  # all of these
+    decoding: int  # rows of one token from which one comes out
+    decoding_context: int
+    greedy: bool  # all rows that sample
 
     @staticmethod
     def of(plan: Plan, members: Members, context: int) -> Load:
         """members, context: of the rows that draft, which hold a token each."""
         rows, count = len(plan.rows), len(members.requests)
         if rows == count:
-            return Load(rows, rows, context, rows, members.greedy)
+            return Load(rows, rows, context, rows, context, members.greedy)
         rest = [row for row in plan.rows if row.max_drafts <= 0]
+        plain = [row for row in rest if row.samples and row.length == 1]
         tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
-        greedy = [row.request.params.greedy for row in rest if row.samples]
-        sampling = count + len(greedy)
-        return Load(count + tokens, rows, context + tokens + starts, sampling, members.greedy and all(greedy))
+        greedy = members.greedy and all([row.request.params.greedy for row in rest if row.samples])
+        decoding_context = context + sum([row.start for row in plain]) + len(plain)
+        return Load(count + tokens, rows, context + tokens + starts, count + len(plain), decoding_context, greedy)
+
+    def times(self, cost: CostModel, drafts: int) -> Floats:
+        """What the step takes with 0, 1, ... drafts [drafts + 1], in milliseconds, less what prompts take of it.
+
+        A prompt has to be read whatever is drafted. Left in, it would make the step so long that every draft seems to
+        come for nothing, though it costs what it costs in any other step.
+        """
+        times = cost.step_curve(self.tokens, self.tokens + drafts, self.rows, self.context, self.greedy)
+        if self.decoding < self.tokens and self.decoding:
+            alone_ms = cost.step_ms(self.decoding, self.decoding, self.decoding_context, self.greedy)
+            times += min(alone_ms - float(times[0]), 0.0)
+        return times
 
 
 @dataclass
@@ -115,7 +129,7 @@ class Admission:
         )
         passes = self._cost.draft_curve(len(rows), context, load.greedy)
         kept, gain, unknown = self._drafted.expected(members, limits)
-        costly = rows_worth_drafting(kept, gain, load.sampling, passes, times, margin)
+        costly = rows_worth_drafting(kept, gain, load.decoding, passes, times, margin)
         if unknown is not None:
             costly |= unknown
         lookup = np.zeros_like(costly)
@@ -129,7 +143,7 @@ class Admission:
         kept, gain, unknown = self._found.expected(members, limits)
         looks = self._lookup_ms * np.arange(len(limits) + 1.0)
         # No margin: it would favour looking up, and here doing nothing is known to cost nothing.
-        worth = rows_worth_drafting(kept, gain, load.sampling, looks, times)
+        worth = rows_worth_drafting(kept, gain, load.decoding, looks, times)
         return worth if unknown is None else worth | unknown
 
     def _experiment(

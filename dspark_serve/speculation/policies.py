@@ -118,7 +118,7 @@ class AutoBudget:
         self._admission = None if costly is None else Admission(cost, costly, lookup)
         self._members: dict[tuple[Request, ...], Members] = {}
         self._steps = 0
-        self._step = _Step(Load(0, 0, 0, 0, True))
+        self._step = _Step(Load(0, 0, 0, 0, 0, True))
 
     @property
     def margin(self) -> float:
@@ -167,13 +167,13 @@ class AutoBudget:
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival: Floats = step.said.cumprod(1)
         load, draft_ms = step.load, self._draft_ms(drafting, signals)
-        times = self.cost.step_curve(load.tokens, load.tokens + total, load.rows, load.context, load.greedy)
+        times = load.times(self.cost, total)
         if self.calibrator.mode == "coupled":
-            kept = best_of_curve(survival, load.sampling, draft_ms, times, self.margin)
+            kept = best_of_curve(survival, load.decoding, draft_ms, times, self.margin)
             if self._per_user:
                 kept = lift_slow_rows(kept, survival, draft_ms, times, self._per_user)
         else:
-            kept = early_stop(survival, load.sampling, draft_ms, times)
+            kept = early_stop(survival, load.decoding, draft_ms, times)
         if self._admission is not None:
             self._admission.remember(signals, survival, self._steps, step.probed is not None)
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.

@@ -6,6 +6,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <type_traits>
 
 using namespace dspark;
 
@@ -13,6 +14,8 @@ namespace {
 
 constexpr int MAX_HEADS = 4;    // query heads of one K/V head that are computed together
 constexpr int64_t CHUNK = 16;   // queries per task
+constexpr int64_t AHEAD = 2;    // blocks of keys that are asked for before they are used
+constexpr int64_t LINE = 16;    // floats of a cache line
 constexpr float NEVER = -INFINITY;
 
 // Half-split rotation: x1 cos - x2 sin, x2 cos + x1 sin. head_dim / 2 need not fill vectors.
@@ -58,32 +61,29 @@ public:
           before_(a.contexts[row] - a.queries[row]) {}
 
     void run() {
-        int64_t stop = high(end_ - 1);
+        int64_t stop = high(end_ - 1), per_kv = a_.heads / a_.kv_heads;
         first_block_ = low(begin_) / LANES;
-        int64_t blocks = (stop + LANES - 1) / LANES - first_block_;
+        blocks_ = (stop + LANES - 1) / LANES - first_block_;
         thread_local std::vector<float> transposed, scores;
-        thread_local std::vector<const float*> values;
-        if (transposed.size() < static_cast<size_t>(blocks * a_.head_dim * LANES)) {
-            transposed.resize(blocks * a_.head_dim * LANES);
-        }
-        if (scores.size() < static_cast<size_t>(blocks * LANES * MAX_HEADS)) scores.resize(blocks * LANES * MAX_HEADS);
-        values.clear();
-        for (int64_t at = first_block_ * LANES; at < stop; at++) values.push_back(value(at));
+        thread_local std::vector<const float*> keys, values;
+        size_t columns = a_.head_dim * LANES, all = (end_ - begin_) * per_kv * blocks_ * LANES;
+        if (transposed.size() < columns) transposed.resize(columns);
+        if (scores.size() < all) scores.resize(all);
+        find(stop, keys, values);
+        keys_ = keys.data();
         values_ = values.data();
         transposed_ = transposed.data();
         scores_ = scores.data();
-        for (int64_t block = 0; block < blocks; block++) transpose(block, stop);
-        int64_t per_kv = a_.heads / a_.kv_heads;
-        for (int64_t query = begin_; query < end_; query++) {
-            for (int64_t head = 0; head < per_kv; head += MAX_HEADS) {
-                int64_t first = kv_head_ * per_kv + head;
-                switch (std::min<int64_t>(per_kv - head, MAX_HEADS)) {
-                    case 1: attend<1>(query, first); break;
-                    case 2: attend<2>(query, first); break;
-                    case 3: attend<3>(query, first); break;
-                    default: attend<4>(query, first);
-                }
+        for (int64_t block = 0; block < blocks_; block++) {  // a block of keys is used up while it is at hand
+            fetch(keys_, (block + AHEAD) * LANES, LANES, a_.head_dim);
+            for (int64_t d = 0; d < a_.head_dim; d += LANES) transpose(keys_ + block * LANES, d, transposed_ + d * LANES);
+            for (int64_t query = begin_; query < end_; query++) {
+                if (block < first(query) || block >= last(query)) continue;
+                each_group([&](auto heads, int64_t head) { score<heads.value>(query, head, block); });
             }
+        }
+        for (int64_t query = begin_; query < end_; query++) {
+            each_group([&](auto heads, int64_t head) { attend<heads.value>(query, head); });
         }
     }
 
@@ -92,59 +92,78 @@ private:
         int64_t position = before_ + query;
         return a_.window ? std::max<int64_t>(0, position + 1 - a_.window) : 0;
     }
+    int64_t first(int64_t query) const { return low(query) / LANES - first_block_; }  // block with keys it sees
+    int64_t last(int64_t query) const { return (high(query) + LANES - 1) / LANES - first_block_; }  // beyond
     int64_t high(int64_t query) const { return a_.block ? a_.contexts[row_] : before_ + query + 1; }  // beyond the last
-    int64_t slot(int64_t key) const {
-        return a_.pages[row_ * a_.max_pages + key / a_.page_size] * a_.page_size + key % a_.page_size;
-    }
-    const float* key(int64_t at) const {
-        if (a_.block && at >= before_) return a_.k + token(at) * a_.k_stride + kv_head_ * a_.head_dim;
-        return a_.keys + (slot(at) * a_.kv_heads + kv_head_) * a_.head_dim;
-    }
-    const float* value(int64_t at) const {
-        if (a_.block && at >= before_) return a_.v + token(at) * a_.v_stride + kv_head_ * a_.value_dim;
-        return a_.values + (slot(at) * a_.kv_heads + kv_head_) * a_.value_dim;
-    }
-    int64_t token(int64_t at) const { return a_.first[row_] + at - before_; }
 
-    // [LANES keys, head_dim] -> [head_dim, LANES keys]; keys from `stop` on repeat the last one and are masked later.
-    void transpose(int64_t block, int64_t stop) {
-        float* to = transposed_ + block * a_.head_dim * LANES;
-        const float* from[LANES];
-        for (int64_t lane = 0; lane < LANES; lane++) {
-            from[lane] = key(std::min((first_block_ + block) * LANES + lane, stop - 1));
+    // Where the keys and values from the first block on lie, the last one repeated until its block is full. Pages are
+    // walked along: a division per key would take longer than all else that is done for it.
+    void find(int64_t stop, std::vector<const float*>& keys, std::vector<const float*>& values) const {
+        keys.clear();
+        values.clear();
+        int64_t at = first_block_ * LANES, stored = a_.block ? std::min(before_, stop) : stop;
+        const int64_t* page = a_.pages + row_ * a_.max_pages + at / a_.page_size;
+        for (int64_t offset = at % a_.page_size; at < stored; offset = 0, page++) {
+            int64_t slot = *page * a_.page_size + offset, count = std::min(a_.page_size - offset, stored - at);
+            const float* k = a_.keys + (slot * a_.kv_heads + kv_head_) * a_.head_dim;
+            const float* v = a_.values + (slot * a_.kv_heads + kv_head_) * a_.value_dim;
+            for (int64_t i = 0; i < count; i++) {
+                keys.push_back(k + i * a_.kv_heads * a_.head_dim);
+                values.push_back(v + i * a_.kv_heads * a_.value_dim);
+            }
+            at += count;
         }
-        for (int64_t d = 0; d < a_.head_dim; d += LANES) dspark::transpose(from, d, to + d * LANES);
+        for (; at < stop; at++) {  // a block's own tokens
+            int64_t token = a_.first[row_] + at - before_;
+            keys.push_back(a_.k + token * a_.k_stride + kv_head_ * a_.head_dim);
+            values.push_back(a_.v + token * a_.v_stride + kv_head_ * a_.value_dim);
+        }
+        for (; at % LANES; at++) {
+            keys.push_back(keys.back());
+            values.push_back(values.back());
+        }
+    }
+
+    // Keys and values of a head lie in short runs far apart, which the machine does not fetch ahead by itself.
+    void fetch(const float* const* rows, int64_t at, int64_t count, int64_t width) const {
+        int64_t end = std::min(at + count, blocks_ * LANES);
+        for (; at < end; at++) {
+            for (int64_t d = 0; d < width; d += LINE) prefetch(rows[at] + d);
+        }
+    }
+
+    // The query heads of the K/V head, MAX_HEADS at a time: does (how many, the first of them).
+    template <class Do>
+    void each_group(Do what) const {
+        int64_t per_kv = a_.heads / a_.kv_heads;
+        for (int64_t head = 0; head < per_kv; head += MAX_HEADS) {
+            switch (std::min<int64_t>(per_kv - head, MAX_HEADS)) {
+                case 1: what(std::integral_constant<int, 1>(), head); break;
+                case 2: what(std::integral_constant<int, 2>(), head); break;
+                case 3: what(std::integral_constant<int, 3>(), head); break;
+                default: what(std::integral_constant<int, 4>(), head);
+            }
+        }
+    }
+
+    float* scores(int64_t query, int64_t head) const {  // [keys of all blocks]
+        return scores_ + ((query - begin_) * (a_.heads / a_.kv_heads) + head) * blocks_ * LANES;
     }
 
     template <int HEADS>
-    void attend(int64_t query, int64_t first_head) {
-        int64_t begin = low(query), end = high(query);
-        int64_t from = begin / LANES - first_block_, to = (end + LANES - 1) / LANES - first_block_;
-        const float* q = a_.q + (a_.first[row_] + query) * a_.q_stride + first_head * a_.head_dim;
-        for (int64_t block = from; block < to; block++) score<HEADS>(q, block);
-        float scale[HEADS];
-        for (int head = 0; head < HEADS; head++) scale[head] = 1.0f / soften(head, from, to, begin, end);
-        float* out = a_.out + ((a_.first[row_] + query) * a_.heads + first_head) * a_.value_dim;
-        int64_t d = 0;
-        for (; d + 4 * LANES <= a_.value_dim; d += 4 * LANES) weigh<HEADS, 4>(out, d, begin, end, scale);
-        for (; d < a_.value_dim; d += LANES) weigh<HEADS, 1>(out, d, begin, end, scale);
-    }
-
-    float* scores(int head, int64_t block) { return scores_ + (block * MAX_HEADS + head) * LANES; }
-
-    template <int HEADS>
-    void score(const float* q, int64_t block) {
-        const float* k = transposed_ + block * a_.head_dim * LANES;
+    void score(int64_t query, int64_t first_head, int64_t block) {
+        const float* q = a_.q + (a_.first[row_] + query) * a_.q_stride
+                         + (kv_head_ * (a_.heads / a_.kv_heads) + first_head) * a_.head_dim;
         Vec dot[HEADS];
         for (int head = 0; head < HEADS; head++) dot[head] = broadcast(0.0f);
         for (int64_t d = 0; d < a_.head_dim; d++) {
-            Vec column = load(k + d * LANES);
+            Vec column = load(transposed_ + d * LANES);
             for (int head = 0; head < HEADS; head++) {
                 dot[head] = fma(broadcast(q[head * a_.head_dim + d]), column, dot[head]);
             }
         }
         for (int head = 0; head < HEADS; head++) {
-            float* to = scores(head, block);
+            float* to = scores(query, first_head + head) + block * LANES;
             store(to, mul(dot[head], broadcast(a_.scale)));
             if (a_.softcap > 0.0f) {
                 for (int i = 0; i < LANES; i++) to[i] = a_.softcap * std::tanh(to[i] / a_.softcap);
@@ -152,39 +171,53 @@ private:
         }
     }
 
-    // Turns scores of blocks [from, to) into exponentials, 0 outside keys [begin, end). Returns their sum.
-    float soften(int head, int64_t from, int64_t to, int64_t begin, int64_t end) {
-        mask(head, from, to, begin, end, NEVER);
+    template <int HEADS>
+    void attend(int64_t query, int64_t first_head) {
+        float scale[HEADS];
+        for (int head = 0; head < HEADS; head++) scale[head] = 1.0f / soften(query, first_head + head);
+        int64_t at = (a_.first[row_] + query) * a_.heads + kv_head_ * (a_.heads / a_.kv_heads) + first_head;
+        float* out = a_.out + at * a_.value_dim;
+        const float* weights = scores(query, first_head);
+        int64_t d = 0;
+        for (; d + 4 * LANES <= a_.value_dim; d += 4 * LANES) weigh<HEADS, 4>(query, weights, out, d, scale);
+        for (; d < a_.value_dim; d += LANES) weigh<HEADS, 1>(query, weights, out, d, scale);
+    }
+
+    // Turns the scores of keys the query sees into exponentials, others in its blocks into 0. Returns their sum.
+    float soften(int64_t query, int64_t head) {
+        float* x = scores(query, head);
+        int64_t from = first(query) * LANES, to = last(query) * LANES;
+        mask(x, query, NEVER);
         Vec best = broadcast(NEVER);
-        for (int64_t block = from; block < to; block++) best = vmax(load(scores(head, block)), best);
+        for (int64_t at = from; at < to; at += LANES) best = vmax(load(x + at), best);
         Vec top = broadcast(maximum(best));
-        for (int64_t block = from; block < to; block++) {
-            store(scores(head, block), exponential(sub(load(scores(head, block)), top)));
-        }
-        mask(head, from, to, begin, end, 0.0f);
+        for (int64_t at = from; at < to; at += LANES) store(x + at, exponential(sub(load(x + at), top)));
+        mask(x, query, 0.0f);
         Vec total = broadcast(0.0f);
-        for (int64_t block = from; block < to; block++) total = add(total, load(scores(head, block)));
+        for (int64_t at = from; at < to; at += LANES) total = add(total, load(x + at));
         return sum(total);
     }
 
-    void mask(int head, int64_t from, int64_t to, int64_t begin, int64_t end, float with) {
-        for (int64_t key = (first_block_ + from) * LANES; key < begin; key++) scores(head, from)[key % LANES] = with;
-        for (int64_t key = end; key < (first_block_ + to) * LANES; key++) scores(head, to - 1)[key % LANES] = with;
+    void mask(float* x, int64_t query, float with) const {
+        int64_t begin = low(query) - first_block_ * LANES, end = high(query) - first_block_ * LANES;
+        for (int64_t at = first(query) * LANES; at < begin; at++) x[at] = with;
+        for (int64_t at = end; at < last(query) * LANES; at++) x[at] = with;
     }
 
-    // out[d..] = sum over keys, in order, of probability * value
+    // out[d..] = sum over keys, in order, of probability * value; weights [heads, keys of all blocks]
     template <int HEADS, int WIDTH>
-    void weigh(float* out, int64_t d, int64_t begin, int64_t end, const float* scale) {
+    void weigh(int64_t query, const float* weights, float* out, int64_t d, const float* scale) {
         Vec sums[HEADS][WIDTH];
         for (int head = 0; head < HEADS; head++) {
             for (int i = 0; i < WIDTH; i++) sums[head][i] = broadcast(0.0f);
         }
+        int64_t begin = low(query) - first_block_ * LANES, end = high(query) - first_block_ * LANES;
         for (int64_t at = begin; at < end; at++) {
-            const float* v = values_[at - first_block_ * LANES] + d;
+            if (d == 0) fetch(values_, at + AHEAD * LANES, 1, a_.value_dim);
             Vec columns[WIDTH];
-            for (int i = 0; i < WIDTH; i++) columns[i] = load(v + i * LANES);
+            for (int i = 0; i < WIDTH; i++) columns[i] = load(values_[at] + d + i * LANES);
             for (int head = 0; head < HEADS; head++) {
-                Vec weight = broadcast(scores(head, at / LANES - first_block_)[at % LANES]);
+                Vec weight = broadcast(weights[head * blocks_ * LANES + at]);
                 for (int i = 0; i < WIDTH; i++) sums[head][i] = fma(weight, columns[i], sums[head][i]);
             }
         }
@@ -197,10 +230,11 @@ private:
 
     const Attention& a_;
     int64_t row_, kv_head_, begin_, end_, before_;
-    int64_t first_block_ = 0;
+    int64_t first_block_ = 0, blocks_ = 0;
     float* transposed_ = nullptr;
     float* scores_ = nullptr;
-    const float** values_ = nullptr;
+    const float* const* keys_ = nullptr;
+    const float* const* values_ = nullptr;
 };
 
 }  // namespace
