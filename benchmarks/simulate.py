@@ -131,7 +131,7 @@ def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool
         tokens = min(2 * tokens, scheduler.max_num_batched_tokens)
         steps.append(Point(tokens, 1, tokens, machine.step_ms(tokens, 1, tokens)))
     decoding = [s for s in wanted if s.chunk == 1]
-    drafts = [Point(s.rows, s.rows, s.keys, machine.draft_ms(s.rows, s.keys)) for s in decoding]
+    drafts = [Point(s.rows, s.rows, s.row_keys, machine.draft_ms(s.rows, s.row_keys)) for s in decoding]
     return Profile(tuple(steps), tuple(point for point in drafts if point.ms > 0))
 
 

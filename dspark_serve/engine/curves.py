@@ -39,7 +39,7 @@ def table(engine: Engine) -> Iterator[str]:
         yield "greedy" if greedy else "drawing tokens"
         for rows in _loads(engine):
             context = rows * _CONTEXT
-            steps = costs.step_curve(rows, rows * (width + 1), rows, context, greedy)[::rows]
+            steps = costs.step_curve(rows, rows * (width + 1), rows, context, greedy, _CONTEXT)[::rows]
             draft = costs.draft_ms(rows, context, greedy)
             even = (steps[-1] + draft) / steps[0]
             yield f"{rows:>6}{draft:>9.1f}" + "".join(f"{ms:>9.1f}" for ms in steps) + f"{even:>9.2f}"
@@ -56,7 +56,8 @@ def plot_curves(engine: Engine, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for rows in _loads(engine):
         tokens = np.arange(rows, rows * (width + 1) + 1)
-        left.plot(tokens, costs.step_curve(rows, int(tokens[-1]), rows, rows * _CONTEXT), label=f"{rows} rows")
+        times = costs.step_curve(rows, int(tokens[-1]), rows, rows * _CONTEXT, keys_per_draft=_CONTEXT)
+        left.plot(tokens, times, label=f"{rows} rows")
     left.set(xlabel="tokens in the step", ylabel="ms", title="step", xscale="log")
     left.legend()
     most = _loads(engine)[-1]

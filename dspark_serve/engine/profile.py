@@ -63,7 +63,11 @@ class Shape:
 
     @property
     def keys(self) -> int:
-        """As the cost model counts them: of the rows without their drafts."""
+        """As the cost model counts them, those that drafts see included."""
+        return self.row_keys * (1 + self.drafts)
+
+    @property
+    def row_keys(self) -> int:
         return self.rows * (self.context + self.chunk)
 
 
@@ -183,7 +187,7 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
         return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in least.items())
 
     def drafts(which: str) -> tuple[Point, ...]:
-        return tuple(Point(s.rows, s.rows, s.keys, ms) for s, t in least.items() if (ms := getattr(t, which)) > 0)
+        return tuple(Point(s.rows, s.rows, s.row_keys, ms) for s, t in least.items() if (ms := getattr(t, which)) > 0)
 
     return Profile(steps("step"), drafts("draft"), steps("greedy_step"), drafts("greedy_draft"))
 

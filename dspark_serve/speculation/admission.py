@@ -38,21 +38,21 @@ class Load:
     rows: int
     context: int
     decoding: int  # rows of one token from which one comes out
-    decoding_context: int
     greedy: bool  # all rows that sample
+    keys_per_draft: float = 0.0  # that a draft sees, in the mean
 
     @staticmethod
     def of(plan: Plan, members: Members, context: int) -> Load:
         """members, context: of the rows that draft, which hold a token each."""
         rows, count = len(plan.rows), len(members.requests)
         if rows == count:
-            return Load(rows, rows, context, rows, context, members.greedy)
+            return Load(rows, rows, context, rows, members.greedy, context / max(count, 1))
         rest = [row for row in plan.rows if row.max_drafts <= 0]
-        plain = [row for row in rest if row.samples and row.length == 1]
+        decoding = count + sum([row.samples and row.length == 1 for row in rest])
         tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
         greedy = members.greedy and all([row.request.params.greedy for row in rest if row.samples])
-        decoding_context = context + sum([row.start for row in plain]) + len(plain)
-        return Load(count + tokens, rows, context + tokens + starts, count + len(plain), decoding_context, greedy)
+        keys_per_draft = context / max(count, 1)
+        return Load(count + tokens, rows, context + tokens + starts, decoding, greedy, keys_per_draft)
 
     def times(self, cost: CostModel, drafts: int) -> Floats:
         """What the step takes with 0, 1, ... drafts [drafts + 1], in milliseconds, less what prompts take of it.
@@ -60,9 +60,11 @@ class Load:
         A prompt has to be read whatever is drafted. Left in, it would make the step so long that every draft seems to
         come for nothing, though it costs what it costs in any other step.
         """
-        times = cost.step_curve(self.tokens, self.tokens + drafts, self.rows, self.context, self.greedy)
+        last = self.tokens + drafts
+        times = cost.step_curve(self.tokens, last, self.rows, self.context, self.greedy, self.keys_per_draft)
         if self.decoding < self.tokens and self.decoding:
-            alone_ms = cost.step_ms(self.decoding, self.decoding, self.decoding_context, self.greedy)
+            # As if every row held one token: a step that the cost model has seen many of.
+            alone_ms = cost.step_ms(self.rows, self.rows, self.context, self.greedy)
             times += min(alone_ms - float(times[0]), 0.0)
         return times
 
@@ -124,9 +126,7 @@ class Admission:
             if of is members and then.rows == load.rows:
                 return admitted
         limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
-        times = self._cost.step_curve(
-            load.tokens, load.tokens + int(limits.sum()), load.rows, load.context, load.greedy
-        )
+        times = load.times(self._cost, int(limits.sum()))
         passes = self._cost.draft_curve(len(rows), context, load.greedy)
         kept, gain, unknown = self._drafted.expected(members, limits)
         costly = rows_worth_drafting(kept, gain, load.decoding, passes, times, margin)
@@ -134,17 +134,19 @@ class Admission:
             costly |= unknown
         lookup = np.zeros_like(costly)
         if self._lookup:
-            lookup = ~costly if costly.any() else self._worth_looking(members, limits, load, times)
+            # One row that looks up may find nothing while others do: looking costs so little that all may, or none.
+            lookup = ~costly & (costly.any() or self._worth_looking(members, limits, load, times))
         self._held, self._until = (members, load, Admitted(costly, lookup)), step + _HOLD
         return self._experiment(rows, members, load, times, Admitted(costly, lookup))
 
-    def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> Bools:
-        """Rows that earn a lookup where nobody drafts otherwise."""
+    def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> bool:
+        """Whether lookups earn something where nobody drafts otherwise."""
         kept, gain, unknown = self._found.expected(members, limits)
+        if unknown is not None and unknown.any():
+            return True
         looks = self._lookup_ms * np.arange(len(limits) + 1.0)
         # No margin: it would favour looking up, and here doing nothing is known to cost nothing.
-        worth = rows_worth_drafting(kept, gain, load.decoding, looks, times)
-        return worth if unknown is None else worth | unknown
+        return bool(rows_worth_drafting(kept, gain, load.decoding, looks, times).any())
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, times: Floats, admitted: Admitted

@@ -25,9 +25,11 @@ _EXACT = 64  # counts up to here have a bucket each, so that a cliff stays where
 _BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
 _WINDOW = 15  # measurements whose median is the machine's present slowdown
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
+_FIRST = 4.0  # the first measurements of a bucket count for more: the n-th for 1 / (n + this)
+_CONTEXT_SHARE = 0.25  # of a correction that is put down to the context as well
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
-_FORMAT = 3
+_FORMAT = 4
 
 _CURVES = ("steps", "drafts", "greedy_steps", "greedy_drafts")
 
@@ -36,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. `count`: tokens of a step, or rows of a draft; `context`: keys visible to all rows together."""
+    """One measurement. `count`: tokens of a step, or rows of a draft.
+
+    `context`: keys that are looked at: a row's once for all tokens of its prompt, and once more for every draft.
+    """
 
     count: int
     rows: int
@@ -125,7 +130,7 @@ class _Curve:
         self._by_context: dict[tuple[int, int], float] = {}
 
     def times(
-        self, first: int, last: int, rows: int, context: int | Floats, key: tuple[int, int], slowdown: float
+        self, first: int, last: int, rows: int, context: float | Floats, key: tuple[int, int], slowdown: float
     ) -> Floats:
         """Milliseconds for first..last counts; the last known time goes on beyond."""
         times: Floats = _between(first, last, self._base) + (self._row_ms * rows + self._key_ms * context)
@@ -136,7 +141,7 @@ class _Curve:
         times *= slowdown
         return times
 
-    def time(self, count: int, rows: int, context: int, key: tuple[int, int]) -> float:
+    def time(self, count: int, rows: int, context: float, key: tuple[int, int]) -> float:
         """The same for one count, without the machine's slowdown."""
         count = min(count, len(self._base) - 1)
         base = float(self._base[count]) + self._row_ms * rows + self._key_ms * context
@@ -147,11 +152,13 @@ class _Curve:
 
     def correct(self, count: int, key: tuple[int, int], error: float, gain: float) -> None:
         """error: logarithm of measured over predicted time."""
-        change = gain * min(max(error, -_CLIP), _CLIP)
+        error = min(max(error, -_CLIP), _CLIP)
         learned = self._by_count.get(key[0])
         if learned is None:
             learned = self._by_count[key[0]] = _Factors(self._bucket)
-        learned.change(min(count, len(self._bucket) - 1), change)
+        learned.change(min(count, len(self._bucket) - 1), error, gain)
+        # Less of it, or the two would learn to contradict each other, and be wrong wherever only one is known.
+        change = _CONTEXT_SHARE * gain * error
         self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
 
 
@@ -162,11 +169,14 @@ class _Factors:
         self.factor: Floats = np.ones(len(bucket))
         self._bucket: list[int] = bucket.tolist()  # [counts], ascending
         self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
+        self._seen = [0] * (self._bucket[-1] + 1)  # measurements of each bucket
 
-    def change(self, count: int, change: float) -> None:
-        """Move the correction of this count's bucket by so much, in logarithms."""
-        moved = min(max(math.log(self.factor[count]) + change, -_LIMIT), _LIMIT)
+    def change(self, count: int, error: float, gain: float) -> None:
+        """Move the correction of this count's bucket by a part of the error, in logarithms."""
         bucket = self._bucket[count]
+        change = max(gain, 1 / (self._seen[bucket] + _FIRST)) * error
+        self._seen[bucket] += 1
+        moved = min(max(math.log(self.factor[count]) + change, -_LIMIT), _LIMIT)
         self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
 
 
@@ -197,13 +207,20 @@ class CostModel:
         """Typical relative error of a prediction."""
         return self._noise
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float:
-        """A step with this many tokens (drafts and prompt chunks included) in this many rows; context: all keys."""
-        return self._steps[greedy].time(tokens, rows, context, _step_key(rows, context)) * self.slowdown
+    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float:
+        """A step with this many tokens (drafts and prompt chunks included) in this many rows.
 
-    def step_curve(self, first: int, last: int, rows: int, context: int, greedy: bool = False) -> Floats:
-        """step_ms for first..last tokens -> [last - first + 1]."""
-        return self._steps[greedy].times(first, last, rows, context, _step_key(rows, context), self.slowdown)
+        context: keys that the rows see without their drafts. draft_keys: those that the drafts see, each its row's.
+        """
+        key = _step_key(rows, context)
+        return self._steps[greedy].time(tokens, rows, context + draft_keys, key) * self.slowdown
+
+    def step_curve(
+        self, first: int, last: int, rows: int, context: int, greedy: bool = False, keys_per_draft: float = 0.0
+    ) -> Floats:
+        """step_ms for first..last tokens -> [last - first + 1], the first without drafts."""
+        contexts: Floats = context + keys_per_draft * np.arange(last - first + 1.0)
+        return self._steps[greedy].times(first, last, rows, contexts, _step_key(rows, context), self.slowdown)
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
@@ -220,11 +237,13 @@ class CostModel:
             curve[1:] = self._drafts[greedy].times(1, rows, 1, contexts, key, self.slowdown)
         return curve
 
-    def observe_step(self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False) -> None:
+    def observe_step(
+        self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False, draft_keys: float = 0.0
+    ) -> None:
         """A step took `ms`, drafting not included."""
         if _sane(tokens, rows, ms):
             key, curve = _step_key(rows, context), self._steps[greedy]
-            ratio = math.log(ms / curve.time(tokens, rows, context, key))
+            ratio = math.log(ms / curve.time(tokens, rows, context + draft_keys, key))
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
             # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.

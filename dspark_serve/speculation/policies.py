@@ -118,7 +118,7 @@ class AutoBudget:
         self._admission = None if costly is None else Admission(cost, costly, lookup)
         self._members: dict[tuple[Request, ...], Members] = {}
         self._steps = 0
-        self._step = _Step(Load(0, 0, 0, 0, 0, True))
+        self._step = _Step(Load(0, 0, 0, 0, True))
 
     @property
     def margin(self) -> float:
@@ -215,10 +215,10 @@ class AutoBudget:
         if len(plan.drafting) < len(results):
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         n_kept = [result.n_kept for result in drafted]
-        tokens = load.tokens + sum(n_kept)
-        predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy)
+        tokens, draft_keys = load.tokens + sum(n_kept), sum(n_kept) * load.keys_per_draft
+        predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy, draft_keys)
         step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
-        self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy)
+        self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy, draft_keys)
         draft_ms = 0.0
         if step.signals is not None and step.said is not None:
             rows, context = step.drafted

@@ -234,7 +234,7 @@ def test_lookups_that_begin_to_find_something_are_found_out() -> None:
     server = looking(found=0.0)
     server.run(300)
     server.found = 0.9
-    server.run(300)
+    server.run(600)
     assert np.mean(server.looked_up[-50:]) > 7
 
 
