@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dspark_serve.config import ConfigError, leaves, load_config, unknown_variables
 
 _MODEL_HELP = "Catalog name, local directory, GGUF file or hub id."
+_TRAINING_DEVICE_HELP = "auto: cuda when available, else cpu."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,11 +89,12 @@ def graft(
     mask_token: Annotated[int | None, typer.Option(help="Token id that fills a block.")] = None,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     seed: Annotated[int, typer.Option(help="Same seed, text and --updates: same head, with --no-write.")] = 0,
+    device: Annotated[str, typer.Option(help=_TRAINING_DEVICE_HELP)] = "auto",
 ) -> None:
     """Train a draft head for MODEL on text that MODEL writes itself, then calibrate it. Started again, it goes on.
 
     SIGTERM or Ctrl-C saves a checkpoint first. OUT/best is the head to serve with. Started by torchrun or
-    `accelerate launch`, several processes train one head, each on its share of the text.
+    `accelerate launch`, several processes train one head, each on its share of the text and on a GPU of its own.
     """
     from dspark_serve.models.catalog import LoadError
     from dspark_serve.training.command import GraftOptions, HeadShape
@@ -105,7 +107,7 @@ def graft(
         shape = HeadShape(variant, layers, rank, gamma, wanted, kv_heads, draft_vocab or None, mask_token)
         length = 60.0 if minutes is None and updates is None else minutes
         train = TrainOptions(minutes=length, updates=updates, seed=seed, schedule=Schedule(learning_rate=learning_rate))
-        options = GraftOptions(model, out, train, shape, records=records, write=write, data=data)
+        options = GraftOptions(model, out, train, shape, records=records, write=write, data=data, device=device)
         head = run(options, _say)
         if os.environ.get("RANK", "0") == "0":  # of several processes one talks
             print(f"head: {head}")
@@ -118,13 +120,14 @@ def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
     head: Annotated[Path, typer.Option(help="Directory of the head; its dspark.json is rewritten.")],
     records: Annotated[Path, typer.Option(help="Text that MODEL wrote, as `graft` keeps it in OUT/records.")],
+    device: Annotated[str, typer.Option(help=_TRAINING_DEVICE_HELP)] = "auto",
 ) -> None:
     """Fit the confidence of a trained head to held-out text again, and report what it is worth."""
     from dspark_serve.models.catalog import LoadError
     from dspark_serve.training.command import recalibrate
 
     try:
-        recalibrate(model, head, records, _say)
+        recalibrate(model, head, records, _say, device)
     except (LoadError, ValueError, OSError) as error:
         _fail(error)
 

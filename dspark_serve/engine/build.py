@@ -69,7 +69,7 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engin
     """
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    device = _device(config.model.device)
+    device = choose_device(config.model.device)
     trust = config.model.trust_remote_code
     resolved = resolved or find_model(config)
     model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
@@ -279,12 +279,20 @@ def _engine_info(
     )
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device an option names; "auto" is cuda where torch sees a GPU, else cpu. Raises ValueError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device; use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but this torch sees no GPU; install the [gpu] extra or use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
     return device
 
 

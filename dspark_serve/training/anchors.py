@@ -14,10 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dspark_serve.training.device import moved
+
 
 @dataclass(frozen=True)
 class Passage:
-    """One conversation as tensors. States cover all tokens but the last."""
+    """One conversation as tensors, all on one device. States cover all tokens but the last."""
 
     tokens: Tensor  # [tokens] int64
     states: Tensor  # [tokens - 1, taps * hidden] float32, the head's taps
@@ -28,7 +30,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of many anchors in a few passages. Contexts and slots are concatenated in passage order."""
+    """Blocks of many anchors in a few passages, on their device. Contexts and slots come in passage order."""
 
     size: int  # slots per block
     anchors: Tensor  # [anchors] int64, position within the passage
@@ -43,7 +45,7 @@ class Blocks:
 
     def slot_tokens(self, mask_token_id: int) -> Tensor:
         """The head's input ids: the anchor, then masks; [anchors * size]."""
-        tokens = torch.full((len(self.anchors), self.size), mask_token_id, dtype=torch.int64)
+        tokens = self.anchor_tokens.new_full((len(self.anchors), self.size), mask_token_id)
         tokens[:, 0] = self.anchor_tokens
         return tokens.view(-1)
 
@@ -62,27 +64,30 @@ def choose_anchors(passage: Passage, count: int, draw: np.random.Generator) -> n
 
 def build_blocks(passages: Sequence[Passage], anchors: Sequence[npt.NDArray[np.int64]], size: int) -> Blocks:
     """Blocks at the given anchors of each passage (each [anchors], ascending, at least 1, inside the answer)."""
+    device = passages[0].tokens.device
+    steps = torch.arange(size, device=device)
+    per_passage = [moved(torch.from_numpy(chosen), device) for chosen in anchors]
     labels, sources, lens = [], [], []
     first = 0
-    for passage, chosen in zip(passages, anchors, strict=True):
-        at = torch.from_numpy(chosen).unsqueeze(1) + torch.arange(size)  # [anchors, size] position of each slot
+    for passage, chosen, on_device in zip(passages, anchors, per_passage, strict=True):
+        at = on_device.unsqueeze(1) + steps  # [anchors, size] position of each slot
         known = at + 1 < len(passage.tokens)
         labels.append(torch.where(known, passage.tokens[(at + 1).clamp(max=len(passage.tokens) - 1)], -1))
         # The state at a slot's own position is what predicts its label.
         sources.append(first + at.clamp(max=passage.states.shape[0] - 1))
         lens.append(int(chosen[-1]))  # nothing from the last anchor on is seen by any block
         first += passage.states.shape[0]
-    positions = torch.from_numpy(np.concatenate(anchors))
-    mask = torch.zeros((len(positions), max(lens)))
-    mask.masked_fill_(torch.arange(max(lens)) >= positions.unsqueeze(1), float("-inf"))
+    positions = torch.cat(per_passage)
+    mask = torch.zeros((len(positions), max(lens)), device=device)
+    mask.masked_fill_(torch.arange(max(lens), device=device) >= positions.unsqueeze(1), float("-inf"))
     return Blocks(
         size=size,
         anchors=positions,
-        anchor_tokens=torch.cat([p.tokens[torch.from_numpy(c)] for p, c in zip(passages, anchors, strict=True)]),
+        anchor_tokens=torch.cat([p.tokens[chosen] for p, chosen in zip(passages, per_passage, strict=True)]),
         labels=torch.cat(labels),
         sources=torch.cat(sources),
-        slot_positions=(positions.unsqueeze(1) + torch.arange(size)).view(-1),
-        context_positions=torch.cat([torch.arange(length) for length in lens]),
+        slot_positions=(positions.unsqueeze(1) + steps).view(-1),
+        context_positions=torch.cat([torch.arange(length, device=device) for length in lens]),
         context_mask=mask,
         context_lens=tuple(lens),
         anchor_counts=tuple(len(chosen) for chosen in anchors),

@@ -22,6 +22,7 @@ import torch
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.models.loader import read_config, resolve
 from dspark_serve.text import Tokenizer
+from dspark_serve.training.device import training_device
 from dspark_serve.training.graft import BEST, CHECKPOINT, Grafter, TrainOptions
 from dspark_serve.training.parallel import Group, joined
 from dspark_serve.training.passages import PassageSource
@@ -60,6 +61,7 @@ class GraftOptions:
     data: Path | None = None  # prompts for it, instead of its own
     first_tokens: int = 20_000  # answer tokens that must be there before training begins
     rows: int = 96
+    device: str = "auto"  # see training_device
 
 
 def graft(options: GraftOptions, say: Say) -> Path:
@@ -68,13 +70,14 @@ def graft(options: GraftOptions, say: Say) -> Path:
     Raises ValueError, or the loader's LoadError, with one sentence.
     """
     torch.set_num_threads(1)
+    device = training_device(options.device)
     directory = resolve(options.model).path
-    weights = TargetWeights.load(directory, options.shape.layers)
+    weights = TargetWeights.load(directory, options.shape.layers, device)
     config = head_config(options.shape, weights, directory)
     records = options.records or options.out / RECORDS
-    with _stopping() as stop, joined() as group:
+    with _stopping() as stop, joined(device) as group:
         here = options.write and group.is_first
-        with _writer(options, config, records, here, say) as is_writing:
+        with _writer(options, config, records, device if here else None) as is_writing:
             if group.is_first:
                 _wait_for_text(records, options, lambda: stop() or not is_writing(), say)
             # The first process speaks for all; where the writer has failed, an error comes from the context.
@@ -109,10 +112,11 @@ def begin(
     return grafter
 
 
-def recalibrate(model: str, head: Path, records: Path, say: Say) -> None:
+def recalibrate(model: str, head: Path, records: Path, say: Say, device: str = "auto") -> None:
     """The last part alone: fit a head's calibration to held-out text again and write it beside the head."""
     torch.set_num_threads(1)
-    weights = TargetWeights.load(resolve(model).path)
+    place = training_device(device)
+    weights = TargetWeights.load(resolve(model).path, device=place)
     config = HeadConfig.parse(read_config(head))
     calibrate_head(head, PassageSource(records, weights, config.taps), weights, say)
 
@@ -192,13 +196,14 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _writer(
-    options: GraftOptions, config: HeadConfig, records: Path, here: bool, say: Say
+    options: GraftOptions, config: HeadConfig, records: Path, device: torch.device | None
 ) -> Iterator[Callable[[], bool]]:
     """A child process in which the target writes into `records`, as long as the context lasts; whether it still does.
 
-    `here`: not in another process of the group. Raises ValueError when it has failed.
+    It shares the device of this process; None: another one of the group writes, or none. Raises ValueError when it has
+    failed.
     """
-    if not here:
+    if device is None:
         yield lambda: False
         return
     synthesis = SynthesisOptions(
@@ -207,6 +212,7 @@ def _writer(
         seed=options.train.seed,
         rows=options.rows,
         data=options.data,
+        device=str(device),
     )
     process: BaseProcess = multiprocessing.get_context("spawn").Process(target=write, args=(synthesis, records))
     process.start()
@@ -236,7 +242,7 @@ def write(options: SynthesisOptions, records: Path, max_tokens: int | None = Non
 
 def _wait_for_text(records: Path, options: GraftOptions, stop: Callable[[], bool], say: Say) -> None:
     """Until there is enough to start from, or `stop`. A directory that nobody writes to is taken as it is."""
-    told = 0.0
+    began, told, before = time.monotonic(), 0.0, -1
     with bar("first text") as drawn:
         while options.write and not stop():
             tokens = 0
@@ -245,7 +251,9 @@ def _wait_for_text(records: Path, options: GraftOptions, stop: Callable[[], bool
             if tokens >= options.first_tokens:
                 return
             drawn.update(tokens / options.first_tokens - drawn.n)
-            if drawn.disable and time.monotonic() - told > 30:
-                say(f"the target writes: {tokens} of {options.first_tokens} answer tokens before training begins")
-                told = time.monotonic()
+            now, before = time.monotonic(), tokens if before < 0 else before
+            if drawn.disable and now - told > 30:
+                have = f"{tokens} of {options.first_tokens} answer tokens before training begins"
+                say(f"the target writes: {have}, {(tokens - before) / max(now - began, 1.0):.0f} tokens/s")
+                told = now
             time.sleep(1)

@@ -52,7 +52,7 @@ def overlap_passage(head: TrainableHead, passage: Passage, target: FrozenTarget)
     the token that came, given that it came: min(1, draft / target)."""
     ratios: list[Tensor] = []
     drafts = _draft(head, passage, target, ratios, None)
-    return drafts, torch.stack(ratios, dim=1).numpy()
+    return drafts, torch.stack(ratios, dim=1).cpu().numpy()
 
 
 def _draft(
@@ -84,10 +84,10 @@ def _draft(
             ratios.append(_acceptance(log_probs, label, blocks.sources[:, slot], passage, head, target))
         before = tokens[-1] if ratios is None else label.clamp(min=0)
     return Drafts(
-        tokens=torch.stack(tokens, 1).numpy(),
-        labels=blocks.labels.numpy(),
-        confidence=(torch.stack(confidence, 1) if confidence else torch.zeros(blocks.labels.shape)).numpy(),
-        largest=torch.stack(largest, 1).numpy(),
+        tokens=torch.stack(tokens, 1).cpu().numpy(),
+        labels=blocks.labels.cpu().numpy(),
+        confidence=(torch.stack(confidence, 1) if confidence else torch.zeros(blocks.labels.shape)).cpu().numpy(),
+        largest=torch.stack(largest, 1).cpu().numpy(),
     )
 
 

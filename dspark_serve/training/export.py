@@ -64,7 +64,7 @@ def export_head(
 
 
 def load_exported(directory: Path, embedding: Tensor, full_head: Tensor) -> tuple[TrainableHead, FrozenTarget]:
-    """The head as it is served, in float32, to be evaluated; embedding and full_head are the target's.
+    """The head as it is served, in float32, to be evaluated where embedding and full_head, the target's, are.
 
     Raises LoadError or its HeadError when the directory holds no head of the trained kind.
     """
@@ -85,7 +85,8 @@ def load_exported(directory: Path, embedding: Tensor, full_head: Tensor) -> tupl
     missing = [name for name in unknown.missing_keys if not name.startswith("markov.")]
     if missing or unknown.unexpected_keys:
         raise HeadError(f"{directory} lacks {missing} or has no place for {unknown.unexpected_keys}")
-    return head, FrozenTarget(embedding, full_head[vocab].contiguous())
+    head.to(embedding.device)
+    return head, FrozenTarget(embedding, full_head[head.draft_vocab].contiguous())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

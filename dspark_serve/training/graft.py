@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.training.anchors import Passage, choose_anchors
+from dspark_serve.training.device import peak_gib
 from dspark_serve.training.evaluate import Score, score
 from dspark_serve.training.export import export_head
 from dspark_serve.training.head import FrozenTarget, TrainableHead
 from dspark_serve.training.parallel import ALONE, Group
 from dspark_serve.training.passages import Order, PassageSource, frequent_tokens
-from dspark_serve.training.progress import Watch
+from dspark_serve.training.progress import Rates, Watch
 from dspark_serve.training.records import Conversation
 from dspark_serve.training.schedule import Schedule
 from dspark_serve.training.start import warm_start
@@ -59,7 +60,7 @@ class TrainOptions:
 
 
 class Grafter:
-    """A head in training. Make one with `create` or `resume`, then `run`."""
+    """A head in training, on the device of the target's weights. Make one with `create` or `resume`, then `run`."""
 
     def __init__(
         self,
@@ -70,10 +71,10 @@ class Grafter:
         spread: Tensor,  # [hidden], see regression_loss
         group: Group = ALONE,
     ) -> None:
-        self.options, self.source, self.weights, self.head = options, source, weights, head
+        self.options, self.source, self.weights, self.head = options, source, weights, head.to(weights.device)
         self.group = group
         self.target = FrozenTarget(weights.embedding, weights.head[head.draft_vocab].contiguous())
-        self.spread = spread
+        self.spread = spread.to(weights.device)
         self.optimizer = torch.optim.AdamW(
             head.parameters(), lr=options.schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
@@ -108,12 +109,12 @@ class Grafter:
     def resume(
         options: TrainOptions, source: PassageSource, weights: TargetWeights, directory: Path, group: Group = ALONE
     ) -> Grafter:
-        """From the checkpoint in `directory`, under `options`, which may extend the run."""
-        saved = torch.load(directory / CHECKPOINT, weights_only=False)
+        """From the checkpoint in `directory`, written on whatever device, under `options`, which may extend the run."""
+        saved = torch.load(directory / CHECKPOINT, map_location="cpu", weights_only=False)
         head = TrainableHead(HeadConfig.parse(saved["config"]), saved["draft_vocab"])
         head.load_state_dict(saved["head"])
         grafter = Grafter(options, source, weights, head, saved["spread"], group)
-        grafter.optimizer.load_state_dict(saved["optimizer"])
+        grafter.optimizer.load_state_dict(saved["optimizer"])  # moves it to where the weights are
         grafter.order = Order(saved["seen"], saved["queue"])
         if group.is_first:
             grafter.draw.bit_generator.state = saved["draw"]
@@ -153,7 +154,7 @@ class Grafter:
         return self.elapsed_s / (60 * self.options.minutes)
 
     def step(self) -> UpdateResult:
-        """One update of all weights."""
+        """One update of all weights; the result's tokens and anchors are those of all processes."""
         passages = [self._next_passage() for _ in range(self.options.passages_per_update)]
         anchors = [choose_anchors(p, self.options.anchors_per_passage, self.draw) for p in passages]
         schedule, progress = self.options.schedule, self.progress
@@ -166,8 +167,9 @@ class Grafter:
             group["lr"] = schedule.rate(self.update, progress)
         self.optimizer.step()
         self.update += 1
-        self.anchors += round(self.group.total([result.anchors])[0])
-        return result
+        totals = [round(total) for total in self.group.total([result.anchors, result.tokens])]
+        self.anchors += totals[0]
+        return replace(result, anchors=totals[0], tokens=totals[1])
 
     def _next_passage(self) -> Passage:
         """A passage with at least one anchor, whose states have not been dropped meanwhile."""
@@ -190,7 +192,7 @@ class Grafter:
         chosen: list[Conversation] = self.source.held_out[: self.options.held_out]
         return score(self.head, ((c.temperature, self.source.load(c)) for c in chosen), self.target)
 
-    def export(self, directory: Path, result: Score) -> None:
+    def export(self, directory: Path, result: Score, rates: Rates) -> None:
         facts = {
             "target_fingerprint": self.weights.fingerprint,
             "expected_accepted_length": {"greedy": result.greedy, "sampled": result.sampled},
@@ -199,6 +201,9 @@ class Grafter:
                 "anchors": self.anchors,
                 "conversations": len(self.order.seen),
                 "hours": self.elapsed_s / 3600,
+                "device": str(self.weights.device),
+                "processes": self.group.size,
+                **asdict(rates),
                 "options": asdict(self.options),
             },
         }
@@ -208,6 +213,7 @@ class Grafter:
         """Until the budget is spent or `stop` says so. Keeps a checkpoint, the best head so far and the last one."""
         watch = Watch(report, self.progress) if self.group.is_first else None
         saved = evaluated = before = self.elapsed_s
+        self.source.reader.refresh()  # what comes from here on was written meanwhile
         begun = time.monotonic()
         stopped, judged = self._agree(before, stop), -1
         while self.progress < 1 and not stopped:
@@ -218,16 +224,18 @@ class Grafter:
                 watch.add(self.progress, self.update, loss, result.accepted_length, result.tokens, result.anchors)
             if self.elapsed_s - saved > 60 * self.options.checkpoint_minutes:
                 self.save(directory)
-                self._refresh(self.elapsed_s - saved, report)
+                self._refresh(watch)
                 saved = self.elapsed_s
             if self.elapsed_s - evaluated > 60 * self.options.evaluate_minutes:
                 evaluated, judged = self.elapsed_s, self.update
-                self._judge(directory, report)
+                self._judge(directory, watch, report)
         self.save(directory)
+        self._refresh(watch)
         if watch is not None:
             watch.close()
+            report(f"trained on {self.weights.device}: {watch.rates(peak_gib(self.weights.device))}")
         if judged < 0 or (not stopped and judged != self.update):
-            self._judge(directory, report)
+            self._judge(directory, watch, report)
 
     def _agree(self, elapsed_s: float, stop: Callable[[], bool]) -> bool:
         """All processes read the first one's clock, and stop together if one must."""
@@ -235,14 +243,13 @@ class Grafter:
         self.elapsed_s, stopping = self.group.total([clock, float(stop())])
         return stopping > 0
 
-    def _refresh(self, seconds: float, report: Callable[[str], None]) -> None:
+    def _refresh(self, watch: Watch | None) -> None:
         new = self.source.reader.refresh()
-        if new and self.group.is_first:
-            tokens = sum(len(c.answer) for c in self.source.reader.conversations[-new:])
-            report(f"the target wrote {new} conversations, {tokens / seconds:.0f} answer tokens/s")
+        if new and watch is not None:
+            watch.wrote(new, sum(len(c.answer) for c in self.source.reader.conversations[-new:]))
 
-    def _judge(self, directory: Path, report: Callable[[str], None]) -> None:
-        if not self.group.is_first:
+    def _judge(self, directory: Path, watch: Watch | None, report: Callable[[str], None]) -> None:
+        if watch is None:
             return
         result = self.evaluate()
         self.history.append({"update": self.update, "anchors": self.anchors, **asdict(result)})
@@ -250,10 +257,11 @@ class Grafter:
             f"update {self.update}: held-out accepted length {result.greedy:.3f} greedy, {result.sampled:.3f} sampled; "
             f"by slot {' '.join(f'{a:.2f}' for a in result.by_slot)}"
         )
-        self.export(directory / LAST, result)
+        rates = watch.rates(peak_gib(self.weights.device))
+        self.export(directory / LAST, result, rates)
         if result.greedy + result.sampled > self.best:
             self.best = result.greedy + result.sampled
-            self.export(directory / BEST, result)
+            self.export(directory / BEST, result, rates)
 
 
 def _planted_heads(options: TrainOptions, head: TrainableHead) -> int:

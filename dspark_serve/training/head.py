@@ -153,7 +153,15 @@ class FoldedTables(nn.Module):
 
 
 class TrainableHead(nn.Module):
-    """Everything of a head that is trained. Parameter names are DeepSpec's except for the Markov tables."""
+    """Everything of a head that is trained. Parameter names are DeepSpec's except for the Markov tables.
+
+    Made in main memory, its first weights too: a seed gives the same head wherever it is moved then.
+    """
+
+    rank_of: Tensor  # [vocab] int64, a token's place among the drafted ones, or -1
+    draft_vocab: Tensor  # [drafted] int64
+    cos: Tensor  # [positions, head_dim]
+    sin: Tensor
 
     def __init__(self, config: HeadConfig, draft_vocab: Tensor) -> None:
         """draft_vocab: [drafted] token ids, ascending; a head for the whole vocabulary is trained on its
@@ -174,8 +182,10 @@ class TrainableHead(nn.Module):
         self.confidence = nn.Linear(width, 1) if config.confidence else None
         rank_of = torch.full((config.vocab_size,), -1, dtype=torch.int64)
         rank_of[draft_vocab] = torch.arange(len(draft_vocab))
-        self.rank_of, self.draft_vocab = rank_of, draft_vocab
-        self.cos, self.sin = rope_table(config)
+        cos, sin = rope_table(config)
+        # Buffers, so that they go where the weights go.
+        for name, table in (("rank_of", rank_of), ("draft_vocab", draft_vocab), ("cos", cos), ("sin", sin)):
+            self.register_buffer(name, table, persistent=False)
 
     def backbone(self, states: Tensor, blocks: Blocks, target: FrozenTarget) -> Tensor:
         """Hidden states of all slots after the final norm [slots, hidden]; states: [context tokens, taps * hidden]."""

@@ -29,7 +29,7 @@ class LossWeights:
 
 def slot_weights(labels: Tensor) -> Tensor:
     """[anchors, size] labels, -1 where there is none -> weights [anchors, size] that add up to 1."""
-    weights = torch.exp(-torch.arange(labels.shape[1], dtype=torch.float32) / SLOT_DECAY)
+    weights = torch.exp(-torch.arange(labels.shape[1], dtype=torch.float32, device=labels.device) / SLOT_DECAY)
     weights = weights * (labels >= 0)
     return weights / weights.sum().clamp(min=1e-9)
 

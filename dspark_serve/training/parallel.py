@@ -1,6 +1,7 @@
 """Several training processes as one: gradients averaged, sums and decisions shared. A process alone needs none of it.
 
-torchrun and `accelerate launch` start the processes and say in the environment who is who. Must not know: heads, data.
+torchrun and `accelerate launch` start the processes and say in the environment who is who. Gradients on GPUs go through
+NCCL; what the host decides stays on the host, through gloo. Must not know: heads, data.
 """
 
 from __future__ import annotations
@@ -66,13 +67,20 @@ ALONE = Group()
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
-    """The group that the environment speaks of, as long as the context lasts."""
+def joined(device: torch.device) -> Iterator[Group]:
+    """The group that the environment speaks of, as long as the context lasts; this process trains on `device`."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group(backends(device), timeout=_PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def backends(device: torch.device) -> str:
+    """What carries tensors between processes that train on `device`, for each place a tensor may be in."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

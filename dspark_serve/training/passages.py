@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_serve.training.anchors import Passage
+from dspark_serve.training.device import moved
 from dspark_serve.training.records import Conversation, RecordReader
 from dspark_serve.training.target import TargetWeights
 
@@ -37,6 +38,7 @@ class PassageSource:
             raise ValueError(f"{directory} holds states of layers {manifest.layers}, not of {[*taps, last]}")
         hidden = manifest.hidden_size
         starts = [manifest.layers.index(tap) * hidden for tap in taps]
+        starts.append(manifest.width - hidden)  # the last layer's
         self._columns = np.concatenate([np.arange(start, start + hidden) for start in starts])
         self._hidden = hidden
 
@@ -49,15 +51,16 @@ class PassageSource:
         return [c for c in self.reader.conversations if is_held_out(c)]
 
     def load(self, conversation: Conversation) -> Passage:
-        """Raises FileNotFoundError when the ring of states has moved past it."""
-        raw = self.reader.states(conversation)
+        """On the target's device. Raises FileNotFoundError when the ring of states has moved past it."""
+        device = self._target.device
+        states = moved(torch.from_numpy(self.reader.states(conversation)[:, self._columns]), device)  # half precision
         log_totals = torch.zeros(conversation.num_states)
         log_totals[len(conversation.prompt) - 1 :] = torch.tensor(conversation.log_totals)
         return Passage(
-            tokens=torch.tensor(conversation.tokens, dtype=torch.int64),
-            states=torch.from_numpy(raw[:, self._columns].astype(np.float32)),
-            last_hidden=self._target.last_hidden(torch.from_numpy(raw[:, -self._hidden :].astype(np.float32))),
-            log_totals=log_totals,
+            tokens=moved(torch.tensor(conversation.tokens, dtype=torch.int64), device),
+            states=states[:, : -self._hidden].float(),
+            last_hidden=self._target.last_hidden(states[:, -self._hidden :]),
+            log_totals=moved(log_totals, device),
             num_prompt=len(conversation.prompt),
         )
 

@@ -76,7 +76,7 @@ def _pairs(passages: Sequence[Passage]) -> tuple[Tensor, Tensor]:
     """Indices into concatenated states of (position s - 1, position s), for s in the answers."""
     before, first = [], 0
     for passage in passages:
-        positions = torch.arange(passage.num_prompt, passage.states.shape[0])
+        positions = torch.arange(passage.num_prompt, passage.states.shape[0], device=passage.states.device)
         before.append(first + positions - 1)
         first += passage.states.shape[0]
     joined = torch.cat(before)
@@ -90,8 +90,8 @@ def _one(anchors: Tensor, mask: Tensor) -> Tensor:
 
 def _direction(classes: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The direction [hidden] along which each class of vectors lies near its value; classes weigh the same."""
-    hidden = classes[0][0].shape[1]
-    left, right = torch.zeros(hidden, hidden), torch.zeros(hidden)
+    some = classes[0][0]
+    left, right = some.new_zeros(some.shape[1], some.shape[1]), some.new_zeros(some.shape[1])
     for vectors, value in classes:
         left += vectors.T @ vectors / len(vectors)
         right += vectors.mean(0) * value
@@ -110,15 +110,15 @@ def _pattern(head: TrainableHead, angles: tuple[float, float], distance: int) ->
     chosen = ((turn >= angles[0]) & (turn <= angles[1])).float()
     if not chosen.any():  # narrow heads may lack them: the slowest pair has to do
         chosen[-1] = 1.0
-    pattern = torch.cat([chosen, torch.zeros(half)])
+    pattern = torch.cat([chosen, torch.zeros_like(chosen)])
     cos, sin = head.cos[distance], head.sin[distance]
     low, high = pattern[:half], pattern[half:]
     return torch.cat([low * cos[:half] + high * sin[:half], high * cos[:half] - low * sin[:half]])
 
 
 def _shaken(weight: Tensor) -> Tensor:
-    """A little noise: exact copies of a pattern would all learn the same."""
-    return weight + _NOISE * weight.square().mean().sqrt() * torch.randn_like(weight)
+    """A little noise, the same on every device: exact copies of a pattern would all learn the same."""
+    return weight + _NOISE * weight.square().mean().sqrt() * torch.randn(weight.shape).to(weight.device)
 
 
 def _joint_fit(

@@ -67,9 +67,9 @@ def _fuse_taps(head: TrainableHead, states: Tensor) -> None:
     """
     hidden, count = head.config.hidden_size, len(head.config.taps)
     sizes = states.view(-1, count, hidden).square().mean(-1).sqrt().median(0).values  # [taps]
-    shares = torch.full((count,), _OLD_TAPS)
+    shares = torch.full_like(sizes, _OLD_TAPS)
     shares[-1] = 1.0
-    scaled = torch.eye(hidden).repeat(1, count) * (shares / sizes).repeat_interleave(hidden)
+    scaled = torch.eye(hidden, device=states.device).repeat(1, count) * (shares / sizes).repeat_interleave(hidden)
     head.fc.weight.copy_(scaled)
 
 

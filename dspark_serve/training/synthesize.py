@@ -18,6 +18,7 @@ from dspark_serve.config import load_config
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.text import Tokenizer
+from dspark_serve.training.device import in_use, peak_gib
 from dspark_serve.training.recorder import RecordingRunner
 from dspark_serve.training.records import Conversation, Manifest, RecordReader, RecordWriter
 from dspark_serve.training.target import TargetWeights
@@ -46,6 +47,7 @@ class SynthesisOptions:
     max_bytes: int = 16 << 30  # of states on disk
     kv_cache_gib: float = 2.0
     data: Path | None = None  # JSON lines with {"messages": [...]} instead of the grammar
+    device: str = "auto"  # as the server's
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,9 @@ def synthesize(
     first = max((c.index for c in known), default=-1) + 1
     turns = grammar_turns(options.seed, first) if options.data is None else file_turns(options.data, first)
     synthesizer = Synthesizer(engine, tokenizer, writer, options)
-    began = last = time.monotonic()
+    device, began = engine.runner.model.device, time.monotonic()
+    last = began
+    report(f"the target writes on {device}, {engine.info.dtype}")
 
     def done() -> bool:
         nonlocal last
@@ -222,7 +226,7 @@ def synthesize(
             report(
                 f"{synthesizer.conversations} conversations, {before + synthesizer.answer_tokens} answer tokens; "
                 f"{synthesizer.answer_tokens / (now - began):.0f} answer tokens/s, "
-                f"{synthesizer.drawn_tokens / (now - began):.0f} drawn/s"
+                f"{synthesizer.drawn_tokens / (now - began):.0f} drawn/s{in_use(peak_gib(device))}"
             )
         return stop() or (max_tokens is not None and before + synthesizer.answer_tokens >= max_tokens)
 
@@ -238,6 +242,7 @@ def recording_engine(options: SynthesisOptions) -> tuple[Engine, Tokenizer]:
     config = load_config(
         {
             "model": options.model,
+            "device": options.device,
             "method": "none",
             "enable_prefix_caching": False,
             "max_num_seqs": options.rows,

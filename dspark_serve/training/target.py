@@ -22,7 +22,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """float32 tensors of a target; `layers` maps "{layer}.{name}" to weights of its last layers."""
+    """float32 tensors of a target, all on one device; `layers` maps "{layer}.{name}" to weights of its last layers."""
 
     directory: Path
     raw_config: dict[str, Any]  # the checkpoint's config.json
@@ -33,7 +33,7 @@ class TargetWeights:
     layers: dict[str, Tensor]
 
     @staticmethod
-    def load(directory: Path, num_layers: int = 0) -> TargetWeights:
+    def load(directory: Path, num_layers: int = 0, device: torch.device | str = "cpu") -> TargetWeights:
         """With the weights of the last `num_layers` layers. Raises LoadError, or ValueError for unknown families."""
         raw_config = read_config(directory)
         config = DenseConfig.parse(raw_config)
@@ -41,13 +41,18 @@ class TargetWeights:
         wanted: dict[str, Tensor] = {}
         for name, tensor in iterate_weights(directory, progress=False):
             if name in (EMBEDDING, NORM, HEAD) or name.startswith(prefixes or ("\0",)):
-                wanted[name] = tensor.float().clone()  # the file's memory is mapped
+                wanted[name] = tensor.to(device, torch.float32, copy=True)  # the file's memory is mapped
         embedding = wanted.pop(EMBEDDING)
         head = embedding if config.tied else wanted.pop(HEAD)
         wanted.pop(HEAD, None)
         norm = wanted.pop(NORM)
         layers = {name.removeprefix("model.layers."): tensor for name, tensor in wanted.items()}
         return TargetWeights(directory, raw_config, config, embedding, norm, head, layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where whatever is computed with these weights is to be."""
+        return self.embedding.device
 
     @property
     def fingerprint(self) -> str:

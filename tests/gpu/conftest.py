@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "kernels" / "interpreted"), str(Path(__file__).parent)]
-sys.path.append(str(TESTS.parent / "benchmarks"))
+sys.path += [str(TESTS.parent / "benchmarks"), str(TESTS / "training")]
 
 from gpu_device import DEVICE, REHEARSAL, check_margins, there  # noqa: E402 - found on the path just made
 

@@ -3,68 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_graft import SHAPE, TRAIN, check_states, make
 from tiny_model import write_tiny_model
 
-from dspark_serve.training.command import GraftOptions, HeadShape, graft, head_config, recalibrate
-from dspark_serve.training.graft import BEST, Grafter, TrainOptions
+from dspark_serve.training.command import GraftOptions, graft, recalibrate
+from dspark_serve.training.graft import BEST, Grafter
 from dspark_serve.training.passages import PassageSource, is_held_out
 from dspark_serve.training.records import RecordReader
-from dspark_serve.training.synthesize import SynthesisOptions, file_turns, grammar_turns, synthesize
+from dspark_serve.training.synthesize import file_turns, grammar_turns
 from dspark_serve.training.target import TargetWeights
 from dspark_serve.training.topics import OPEN, load_grammar
 
-SHAPE = HeadShape(layers=1, markov_rank=4, block_size=3, taps=(-1, 0), draft_vocab=64, mask_token_id=299)
-TRAIN = TrainOptions(updates=6, anchors_per_passage=8, held_out=4)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def written(model, tmp_path_factory) -> Path:
-    """Text of the tiny target, written in two goes."""
-    directory = tmp_path_factory.mktemp("records")
-    options = SynthesisOptions(
-        str(model),
-        (-1, 0, 1),
-        rows=8,
-        max_answer_tokens=24,
-        max_turn_tokens=8,
-        max_prompt_tokens=200,
-        kv_cache_gib=0.01,
-    )
-    first = synthesize(options, directory, lambda: False, print, max_tokens=400)
-    assert first >= 400
-    assert synthesize(options, directory, lambda: False, print, max_tokens=first + 400) >= first + 400
-    return directory
-
 
 def test_recorded_states_give_the_targets_own_distribution(model, written):
-    weights = TargetWeights.load(model)
-    source = PassageSource(written, weights, (0,))
-    conversations = source.reader.conversations
-    assert len({c.index for c in conversations}) == len(conversations) > 8
-    for conversation in conversations[:10]:
-        passage = source.load(conversation)
-        logits = weights.logits(passage.last_hidden)[passage.num_prompt - 1 :]
-        torch.testing.assert_close(logits.logsumexp(-1), torch.tensor(conversation.log_totals), atol=0.02, rtol=0)
-        if conversation.temperature == 0.0:
-            agree = logits.argmax(-1) == torch.tensor(conversation.answer)
-            assert agree.float().mean() > 0.95  # but for half precision
-
-
-def make(model: Path, written: Path, options: TrainOptions) -> Grafter:
-    weights = TargetWeights.load(model, SHAPE.layers)
-    config = head_config(SHAPE, weights, model)
-    return Grafter.create(options, PassageSource(written, weights, config.taps), weights, config)
+    check_states(model, written)
 
 
 def test_same_seed_same_head_and_another_seed_another(model, written):
@@ -109,7 +67,12 @@ def test_graft_command(model, written, tmp_path, variant):
     facts = json.loads((best / "dspark.json").read_text())
     weights = TargetWeights.load(model)
     assert facts["target_fingerprint"] == weights.fingerprint
-    assert facts["training"]["updates"] == 6
+    training = facts["training"]
+    assert (training["updates"], training["device"], training["processes"]) == (6, "cpu", 1)
+    assert training["anchors_per_s"] > 0 < training["tokens_per_s"]
+    assert training["written_tokens_per_s"] == 0  # nobody wrote
+    assert training["peak_device_gib"] is None
+    assert any(re.search(r"trained on cpu: .* anchors/s, 0 answer tokens/s written$", line) for line in said)
     assert 1 <= facts["expected_accepted_length"]["greedy"] <= 4
     assert len(facts["calibration"]["greedy"]["slots"]) == 3
     tensors = load_file(best / "model.safetensors")

@@ -62,3 +62,24 @@ def test_the_bar_is_only_for_terminals(monkeypatch, stderr):
     monkeypatch.setattr(sys, "stderr", stderr)
     with progress.bar("first text") as bar:
         assert bool(bar.disable) != stderr.isatty()
+
+
+def test_rates_are_of_the_whole_run(monkeypatch):
+    """Also where it lasts longer than what averages are taken over."""
+    now = itertools.count(100, 2.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    lines: list[str] = []
+    watch = progress.Watch(lines.append, 0.0)  # at 100 s
+    watch.wrote(3, 50)  # 102 s
+    for update in range(1, 97):  # 104 s to 294 s
+        watch.add(update / 200, update, 1.0, 1.5, tokens=301, anchors=10 if update < 90 else 100)
+    watch.wrote(4, 970)  # 296 s
+    rates = watch.rates(1.5)  # 298 s
+    anchors = (89 * 10 + 7 * 100) / 198
+    assert rates == progress.Rates(round(96 * 301 / 198, 1), round(anchors, 1), round(1020 / 198, 1), 1.5)
+    assert str(rates) == "146 tokens/s, 8 anchors/s, 5 answer tokens/s written, peak 1.50 GiB of its memory"
+    assert [line for line in lines if "wrote" in line] == [
+        "the target wrote 3 conversations, 25 answer tokens/s",
+        "the target wrote 4 conversations, 5 answer tokens/s",
+    ]
