@@ -122,7 +122,7 @@ async def _workloads(options: BenchOptions, endpoint: Endpoint) -> tuple[list[Wo
     if options.input_len is not None:
         once = max(options.requests(users) for users in options.loads)
         count = once if options.compare else once * options.passes * len(options.loads)
-        made, note = await synthetic(endpoint, options.input_len, count, options.seed)
+        made, note = await synthetic(endpoint, options.input_len, count + options.warmup, options.seed)
         found, notes = [made], [note] if note else []
     else:
         found = shipped(options.seed) if options.prompts is None else from_file(options.prompts, options.seed)
@@ -130,7 +130,7 @@ async def _workloads(options: BenchOptions, endpoint: Endpoint) -> tuple[list[Wo
     if options.compare:
         return found, notes
     mixed = [body for turn in range(max(len(w.bodies) for w in found)) for w in found for body in w.bodies[turn:][:1]]
-    total = sum(options.requests(users) * options.passes for users in options.loads)
+    total = sum(options.requests(users) * options.passes for users in options.loads) + options.warmup
     if total > len(mixed):
         notes.append(
             f"{total} requests of {len(mixed)} prompts: those that come again may be in the server's prefix cache"

@@ -39,7 +39,7 @@ async def test_every_count_is_the_servers(serve, prompts, tmp_path):
         options = {"prompts": prompts, "output_len": 10, "num_prompts": 4, "repeats": 3, "concurrency": 2}
         lines, written, succeeded = await measure(client, tmp_path, **options)
     assert succeeded
-    assert lines[0].startswith("12 requests of 1 prompts")
+    assert lines[0].startswith("14 requests of 1 prompts")
     [run] = written["runs"]
     assert (run["max_concurrency"], run["request_rate"], run["errors"]) == (2, None, {})
     for repeat in run["repeats"]:
