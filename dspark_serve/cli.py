@@ -247,6 +247,30 @@ def bench(
         _fail("no request succeeded")
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=f"{_MODEL_HELP} Left out: the machine alone.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Draft head; default: the one that comes with the model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options, as for serve.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings here.")] = None,
+) -> None:
+    """Say what will be fast here, what will not, and why: the machine, and MODEL with its head, loaded as for serve.
+
+    Every line is ok, warn or fail, with what to do. Exit code 0: everything works, warnings or not; 1: something will
+    not. Options come from the environment and the YAML file as for serve.
+    """
+    try:
+        merged = load_config({"model": model, "head": head}, environment=os.environ, file=config)
+        from dspark_serve.doctor.command import doctor as run
+
+        works = run(merged, model is not None or head is not None, print, json)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+    raise SystemExit(0 if works else 1)
+
+
 def _numbers(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()

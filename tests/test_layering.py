@@ -20,7 +20,7 @@ RANKS = {
     2: "models",
     3: "drafters speculation",
     4: "engine",
-    5: "training server llm lossless bench",
+    5: "training server llm lossless bench doctor",
     6: "cli",
     7: "__init__ __main__",
 }
