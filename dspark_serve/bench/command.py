@@ -20,7 +20,7 @@ from dspark_serve.bench.client import BenchError, Endpoint
 from dspark_serve.bench.drafts import difference
 from dspark_serve.bench.load import closed_loop, poisson
 from dspark_serve.bench.plots import plot, plot_comparisons, require_matplotlib
-from dspark_serve.bench.report import Measured, Pass, as_json, failure_lines, table
+from dspark_serve.bench.report import Measured, Pass, as_json, failure_lines, sweep_table, table
 from dspark_serve.bench.workload import Workload, from_file, shipped, synthetic
 
 Say = Callable[[str], object]
@@ -166,6 +166,9 @@ async def _measure(options: BenchOptions, endpoint: Endpoint, workloads: list[Wo
                 passes.append(Pass(run, difference(before, await endpoint.metrics())))
         measured.append(Measured(users, options.request_rate, tuple(passes)))
         for line in table(measured[-1]):
+            say(line)
+    if len(measured) > 1:
+        for line in sweep_table(measured):
             say(line)
     if any(sample.counted for each in measured for one in each.passes for sample in one.run.succeeded):
         say("This server tells no usage: generated tokens are chunks, and input tokens are not known.")

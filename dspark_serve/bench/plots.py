@@ -13,7 +13,7 @@ import numpy as np
 
 from dspark_serve.bench.client import BenchError
 from dspark_serve.bench.compare import Comparison
-from dspark_serve.bench.figures import Sample, Spread
+from dspark_serve.bench.figures import Spread
 from dspark_serve.bench.report import Measured
 
 
@@ -28,10 +28,12 @@ def require_matplotlib() -> None:
 def plot(measured: Sequence[Measured], path: Path) -> None:
     """Left: the share of requests within a time, to the first token and to the last. Right: throughput by load."""
     figure, (left, right) = _figure()
-    for each in measured:
+    for number, each in enumerate(measured):
         samples = [sample for one in each.passes for sample in one.run.succeeded]
-        for what, seconds in (("first token", _first(samples)), ("answer", _whole(samples))):
-            left.plot(*cumulative(seconds), label=f"{_name(each)}: {what}")
+        first = cumulative([sample.ttft_s for sample in samples])
+        whole = cumulative([sample.ended_s - sample.started_s for sample in samples])
+        for what, style, curve in (("first token", "--", first), ("answer", "-", whole)):
+            left.plot(*curve, label=f"{_name(each)}: {what}", color=f"C{number}", linestyle=style)
     left.set(xlabel="ms", ylabel="share of requests", title="latency", xscale="log")
     left.legend(fontsize="small")
     spreads = [Spread.of([one.figures.output_tokens_per_s for one in each.passes]) for each in measured]
@@ -46,15 +48,17 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
 def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
     """Left: speed-up by workload and concurrency, with its interval. Right: tokens per second with and without."""
     figure, (left, right) = _figure()
-    for name in dict.fromkeys(each.workload for each in comparisons):
+    for number, name in enumerate(dict.fromkeys(each.workload for each in comparisons)):
         known = [each for each in comparisons if each.workload == name and each.ratio is not None]
         loads = [each.concurrency for each in known]
         ratios = [each.ratio for each in known if each.ratio is not None]
-        errors = [[r.value - r.low for r in ratios], [r.high - r.value for r in ratios]]
-        left.errorbar(loads, [r.value for r in ratios], yerr=errors, marker="o", capsize=3, label=name)
+        # An interval may lie beside its value where pairs are few; a bar cannot.
+        errors = [[max(0.0, r.value - r.low) for r in ratios], [max(0.0, r.high - r.value) for r in ratios]]
+        colour = f"C{number}"
+        left.errorbar(loads, [r.value for r in ratios], yerr=errors, marker="o", capsize=3, label=name, color=colour)
         for label, style, arms in (("on", "-", [e.on for e in known]), ("off", "--", [e.off for e in known])):
             rates = [sum(tokens for tokens, _ in arm) / sum(seconds for _, seconds in arm) for arm in arms]
-            right.plot(loads, rates, linestyle=style, marker="o", label=f"{name}, {label}")
+            right.plot(loads, rates, linestyle=style, marker="o", label=f"{name}, {label}", color=colour)
     left.axhline(1.0, color="grey", linewidth=0.5)
     left.set(xlabel="concurrency", ylabel="times the tokens per second without", title="speed-up")
     right.set(xlabel="concurrency", ylabel="output tok/s", title="throughput")
@@ -79,11 +83,3 @@ def _figure() -> tuple[Any, Any]:
 def _name(measured: Measured) -> str:
     load = "unlimited" if measured.concurrency is None else f"{measured.concurrency} at once"
     return load if measured.rate is None else f"{measured.rate:g}/s, {load}"
-
-
-def _first(samples: Sequence[Sample]) -> list[float]:
-    return [sample.ttft_s for sample in samples]
-
-
-def _whole(samples: Sequence[Sample]) -> list[float]:
-    return [sample.ended_s - sample.started_s for sample in samples]

@@ -102,6 +102,18 @@ def table(measured: Measured) -> Iterator[str]:
     yield from failure_lines(measured.failures)
 
 
+def sweep_table(measured: Sequence[Measured]) -> Iterator[str]:
+    """One line per load: medians over the repeats."""
+    yield f"{'concurrency':>11}{'tok/s':>12}{'mean TTFT ms':>14}{'mean TPOT ms':>14}{'failed':>8}"
+    for each in measured:
+        figures = [one.figures for one in each.passes]
+        rate = Spread.of([f.output_tokens_per_s for f in figures]).median
+        ttft = Spread.of([f.ttft.mean_ms for f in figures]).median
+        tpot = Spread.of([f.tpot.mean_ms for f in figures]).median
+        failed = sum(f.failed for f in figures)
+        yield f"{each.concurrency or '-':>11}{rate:>12.2f}{ttft:>14.2f}{tpot:>14.2f}{failed:>8}"
+
+
 def draft_lines(drafts: Sequence[Drafts]) -> Iterator[str]:
     """vLLM's block on speculation."""
     yield f"{'Speculative Decoding':-^{_WIDTH}}"
@@ -119,7 +131,7 @@ def draft_lines(drafts: Sequence[Drafts]) -> Iterator[str]:
 def failure_lines(failures: Counter[str]) -> Iterator[str]:
     """How often each error came, the most frequent first."""
     for error, count in failures.most_common():
-        yield f"failed {count} times: {error}"
+        yield f"{count} failed: {error}"
 
 
 def _line(title: str, values: Sequence[float], count: bool) -> str:
@@ -132,7 +144,7 @@ def _line(title: str, values: Sequence[float], count: bool) -> str:
 def as_json(measured: Measured) -> dict[str, Any]:
     """The load, its spread by key (median, low, high), and every repeat under vLLM's keys."""
     repeats = [_repeat(each) for each in measured.passes]
-    keys = [key for key, value in repeats[0].items() if isinstance(value, int | float)]
+    keys = dict.fromkeys(key for each in repeats for key, value in each.items() if isinstance(value, int | float))
     spreads = {key: Spread.of([each[key] for each in repeats if key in each]) for key in keys}
     return {
         "max_concurrency": measured.concurrency,

@@ -69,6 +69,7 @@ async def test_synthetic_lengths_are_exact(serve, tmp_path):
     for repeat in (repeat for run in written["runs"] for repeat in run["repeats"]):
         assert (repeat["total_input_tokens"], repeat["total_output_tokens"]) == (69, 21)
     assert "No speculation block: nothing was drafted in this time." in lines
+    assert [line.split()[0] for line in lines[-4:-1]] == ["concurrency", "1", "2"]  # and last, where the JSON is
     assert not any("prefix cache" in line for line in lines)  # no prompt comes twice
 
 
@@ -137,7 +138,7 @@ async def test_a_wrong_key_and_a_wrong_model(serve, prompts, tmp_path):
         options = {"prompts": prompts, "api_key": "secret", "model": "other", "num_prompts": 3, "repeats": 1}
         lines, written, succeeded = await measure(client, tmp_path, warmup=0, **options)
         assert not succeeded
-        assert lines[-2].startswith("failed 3 times: HTTP 404")
+        assert lines[-2].startswith("3 failed: HTTP 404")
         assert written["options"]["api_key"] == "***"
         _, written, succeeded = await measure(client, tmp_path, **options | {"model": None})
         assert succeeded
@@ -217,7 +218,7 @@ async def test_failures_are_counted_and_retries_too(prompts, tmp_path):
     assert written["runs"][0]["errors"] == errors
     assert "Retries:                                 2         " in lines
     async with foreign(lambda n: "503") as client:
-        with pytest.raises(BenchError, match="no warm-up request succeeded: failed 2 times: HTTP 503: queue full"):
+        with pytest.raises(BenchError, match="no warm-up request succeeded: 2 failed: HTTP 503: queue full"):
             await measure(client, tmp_path, prompts=prompts, retries=1)
 
 
