@@ -250,7 +250,8 @@ def bench(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help=f"{_MODEL_HELP} Left out: the machine alone.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help=f"{_MODEL_HELP} Fetched if need be; left out: the machine alone."),
     ] = None,
     head: Annotated[str | None, typer.Option(help="Draft head; default: the one that comes with the model.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options, as for serve.")] = None,

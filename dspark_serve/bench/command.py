@@ -63,6 +63,9 @@ class BenchOptions:
             raise BenchError("--input-len makes its own prompts; leave out --prompts")
         if any(users < 1 for users in self.sweep):
             raise BenchError("--sweep takes concurrencies of 1 and more, as 1,2,4,8")
+        for path in (self.json, self.plot):  # known before an hour of measuring, not after
+            if path is not None and not path.parent.is_dir():
+                raise BenchError(f"{path} cannot be written: there is no directory {path.parent}")
 
     @property
     def loads(self) -> tuple[int | None, ...]:

@@ -55,9 +55,13 @@ class Drafts:
 
 def read_drafts(text: str) -> Drafts | None:
     """The counts in a page of Prometheus text, summed over models and engines; None where it tells of no drafts."""
+    try:
+        families = list(text_string_to_metric_families(text))
+    except ValueError:  # a page, but not of metrics
+        return None
     counts: dict[str, dict[str, float]] = {prefix: {} for prefix in PREFIXES}
     positions: dict[str, dict[int, float]] = {prefix: {} for prefix in PREFIXES}
-    for family in text_string_to_metric_families(text):
+    for family in families:
         for sample in family.samples:
             prefix, colon, name = sample.name.partition(":")
             prefix += colon

@@ -96,6 +96,7 @@ def test_drafts_are_read_under_both_names_and_summed_over_engines():
     both = page("dspark:") + page("vllm:", drafts=99)
     assert read_drafts(both) == Drafts(4, 12, 5, (4, 0, 1))  # once, not twice
     assert read_drafts("# TYPE up gauge\nup 1\n") is None
+    assert read_drafts("<html><body>Welcome!</body></html>") is None
 
 
 def test_drafts_between_two_pages():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -259,6 +260,7 @@ async def test_prompt_lengths_without_tokenize_are_guessed_from_usage(tmp_path):
         ({"sweep": (1, 2), "concurrency": 2}, "leave out --concurrency"),
         ({"sweep": (0, 2)}, "1 and more"),
         ({"input_len": 5, "prompts": "f"}, "leave out --prompts"),
+        ({"json": Path("/nowhere/b.json")}, "no directory /nowhere"),
     ],
 )
 def test_options_that_contradict(options, said):
