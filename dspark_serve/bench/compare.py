@@ -21,7 +21,7 @@ from dspark_serve.bench.workload import Workload, shortened
 
 ON, OFF = True, False
 Turn = tuple[int, float]  # tokens, seconds
-_FEW_PAIRS = 6  # below, a bootstrap says too little of the tails
+_FEWEST_PAIRS = 6  # for a verdict: of fewer a bootstrap draws too few different means, and its interval is too narrow
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Comparison:
     @property
     def verdict(self) -> str:
         if self.ratio is None:
-            return "cannot be said: fewer than two pairs went through"
+            return "nothing can be said: fewer than two pairs went through"
+        if len(self.on) < _FEWEST_PAIRS:
+            return f"no verdict on {len(self.on)} pairs; {_FEWEST_PAIRS} are needed (--num-prompts, --repeats)"
         if self.ratio.low > 1:
             return "speculation helps"
         return "speculation costs" if self.ratio.high < 1 else "no difference that can be told from noise"
@@ -55,8 +57,6 @@ class Comparison:
                 f"  speed-up {self.ratio.value:.3f} (95 % interval {self.ratio.low:.3f} to {self.ratio.high:.3f}), "
                 + (f"{rates[0]:.1f} against {rates[1]:.1f} tok/s over {len(self.on)} pairs")
             )
-            if len(self.on) < _FEW_PAIRS:
-                yield f"  only {len(self.on)} pairs: a rough interval; more with --num-prompts or --repeats"
         yield f"  texts with equal seeds: {self.num_identical} of {self.num_compared} identical"
         on, off = self.drafts[ON], self.drafts[OFF]
         if on is not None and not on.draft_tokens:

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from dspark_serve.bench.compare import Comparison
 from dspark_serve.bench.drafts import Drafts, difference, read_drafts
 from dspark_serve.bench.figures import Figures, Latency, Run, Sample, Spread, speed_up
 from dspark_serve.bench.load import arrivals_s, closed_loop, poisson
@@ -70,6 +71,24 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         ratio = speed_up([(120, s) for s in seconds[0]], [(100, s) for s in seconds[1]], seed)
         covered += ratio.low <= 1.2 <= ratio.high
     assert 0.86 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("pairs", "off_s", "verdict"),
+    [
+        (6, 2.0, "speculation helps"),
+        (6, 0.5, "speculation costs"),
+        (6, 1.0, "no difference that can be told from noise"),
+        (5, 2.0, "no verdict on 5 pairs; 6 are needed (--num-prompts, --repeats)"),
+        (0, 2.0, "nothing can be said: fewer than two pairs went through"),
+    ],
+)
+def test_the_verdict(pairs, off_s, verdict):
+    on, off = ((10, 1.0),) * pairs, ((10, off_s),) * pairs
+    ratio = speed_up(on, off) if pairs else None
+    found = Comparison("chat", 1, on, off, ratio, 0, 0, {True: None, False: None})
+    assert found.verdict == verdict
+    assert next(found.lines()) == f"chat, concurrency 1: {verdict}"
 
 
 PAGE = """# TYPE {p}spec_decode_num_drafts counter
