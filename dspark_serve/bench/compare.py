@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dspark_serve.bench.client import BenchError, Endpoint
@@ -21,6 +21,7 @@ from dspark_serve.bench.workload import Workload, shortened
 
 ON, OFF = True, False
 Turn = tuple[int, float]  # tokens, seconds
+_APART = 1.15  # a median pair and a whole that differ by more are worth a line
 _FEWEST_PAIRS = 6  # for a verdict: of fewer a bootstrap draws too few different means, and its interval is too narrow
 
 
@@ -52,11 +53,15 @@ class Comparison:
     def lines(self) -> Iterator[str]:
         yield f"{self.workload}, concurrency {self.concurrency}: {self.verdict}"
         if self.ratio is not None:
-            rates = [sum(t for t, _ in arm) / sum(s for _, s in arm) for arm in (self.on, self.off)]
+            ratio = self.ratio
+            on_rate, off_rate = (sum(t for t, _ in arm) / sum(s for _, s in arm) for arm in (self.on, self.off))
             yield (
-                f"  speed-up {self.ratio.value:.3f} (95 % interval {self.ratio.low:.3f} to {self.ratio.high:.3f}), "
-                + (f"{rates[0]:.1f} against {rates[1]:.1f} tok/s over {len(self.on)} pairs")
+                f"  speed-up {ratio.value:.3f} (95 % interval {ratio.low:.3f} to {ratio.high:.3f}), "
+                f"{on_rate:.1f} against {off_rate:.1f} tok/s over {len(self.on)} pairs"
             )
+            apart = ratio.median_pair / ratio.value
+            if max(apart, 1 / apart) > _APART:
+                yield f"  the median pair says {ratio.median_pair:.3f}: some turns were disturbed, or requests differ"
         yield f"  texts with equal seeds: {self.num_identical} of {self.num_compared} identical"
         on, off = self.drafts[ON], self.drafts[OFF]
         if on is not None and not on.draft_tokens:
@@ -73,7 +78,7 @@ class Comparison:
             "workload": self.workload,
             "max_concurrency": self.concurrency,
             "verdict": self.verdict,
-            "speed_up": None if ratio is None else {"value": ratio.value, "low": ratio.low, "high": ratio.high},
+            "speed_up": None if ratio is None else asdict(ratio),
             "turns": {"on": self.on, "off": self.off},  # [tokens, seconds] each
             "texts_compared": self.num_compared,
             "texts_identical": self.num_identical,

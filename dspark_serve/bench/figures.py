@@ -148,11 +148,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the tokens per second of the other arm, with its 95 % interval."""
+    """How many times the tokens per second of the other arm, with its 95 % interval.
+
+    median_pair: the median of the pairs' own ratios, which a stall in one turn does not move.
+    """
 
     value: float
     low: float
     high: float
+    median_pair: float
 
 
 def speed_up(on: Sequence[tuple[int, float]], off: Sequence[tuple[int, float]], seed: int = 0) -> Ratio:
@@ -170,4 +174,6 @@ def speed_up(on: Sequence[tuple[int, float]], off: Sequence[tuple[int, float]], 
     rates = totals[..., 0] / totals[..., 1]
     low, high = np.percentile(rates[0] / rates[1], [2.5, 97.5])
     (tokens_on, seconds_on), (tokens_off, seconds_off) = turns.sum(axis=1).tolist()
-    return Ratio(tokens_on / seconds_on / (tokens_off / seconds_off), float(low), float(high))
+    whole = tokens_on / seconds_on / (tokens_off / seconds_off)
+    by_turn = turns[..., 0] / turns[..., 1]  # [arm, pair]
+    return Ratio(whole, float(low), float(high), float(np.median(by_turn[0] / by_turn[1])))

@@ -50,6 +50,7 @@ def test_speed_up_by_hand():
     # Two pairs of ratio 1 and 3: draws are 1, 2, 2 or 3, a quarter each, so the interval ends at 1 and 3.
     ratio = speed_up([(10, 1.0), (30, 1.0)], [(10, 1.0), (10, 1.0)])
     assert [ratio.value, ratio.low, ratio.high] == pytest.approx([2.0, 1.0, 3.0])
+    assert ratio.median_pair == 2.0
     for one_too_few in ([(10, 1.0)], [(10, 1.0), (0, 1.0)]):
         with pytest.raises(ValueError, match="at least two pairs"):
             speed_up(one_too_few, one_too_few)
@@ -61,6 +62,19 @@ def test_speed_up_pairs_turns_in_time():
     slow = draw.choice([1.0, 4.0], 16)
     ratio = speed_up([(100, s) for s in slow], [(100, 1.25 * s) for s in slow])
     assert (ratio.low, ratio.high) == (pytest.approx(1.25), pytest.approx(1.25))
+
+
+def test_a_stall_in_one_turn_is_seen_for_what_it_is():
+    """Seven pairs of ratio 1.5, and one in which the machine stood still while speculation had its turn."""
+    on, off = ((30, 2.0),) * 7 + ((30, 200.0),), ((30, 3.0),) * 8
+    ratio = speed_up(on, off)
+    assert (ratio.median_pair, ratio.value) == (1.5, pytest.approx(24 / 214))
+    assert ratio.low < 1.0 < ratio.high
+    found = Comparison("chat", 1, on, off, ratio, 0, 0, {True: None, False: None})
+    assert found.verdict == "no difference that can be told from noise"
+    assert any("median pair says 1.500" in line for line in found.lines())
+    steady = Comparison("chat", 1, on[:7], off[:7], speed_up(on[:7], off[:7]), 0, 0, found.drafts)
+    assert not any("median pair" in line for line in steady.lines())
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -75,7 +75,7 @@ def test_latencies_and_throughput(drawn, tmp_path):
 
 def test_speed_ups(drawn, tmp_path):
     turns = (((30, 1.0), (30, 2.0)), ((30, 2.0), (30, 4.0)))
-    known = Comparison("chat", 2, *turns, Ratio(2.0, 1.5, 2.25), 2, 2, {True: None, False: None})
+    known = Comparison("chat", 2, *turns, Ratio(2.0, 1.5, 2.25, 2.0), 2, 2, {True: None, False: None})
     silent = Comparison("chat", 8, (), (), None, 0, 0, {True: None, False: None})
     plot_comparisons([known, silent], tmp_path / "c.png")
     left, right = drawn.panels
