@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dspark_serve.bench.figures import Spread as Spread  # for the scripts
+from dspark_serve.bench.workload import SHIPPED
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,32 +52,12 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and the quartiles of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        if len(values) == 1:
-            return Spread(values[0], values[0], values[0], 1)
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        return Spread(statistics.median(values), low, high, len(values))
-
-    def __str__(self) -> str:
-        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}] n={self.count}"
-
-
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(result, indent=2, default=asdict) + "\n")
 
 
 def prompts() -> list[str]:
-    """First turns of the sample beside this file."""
-    lines = (HERE / "prompts.jsonl").read_text().splitlines()
+    """First turns of the sample that comes with the package."""
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["turns"][0] for line in lines]

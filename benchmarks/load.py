@@ -22,8 +22,9 @@ from typing import Any
 
 from dspark_serve.config import Config  # isort: skip  (before torch: the package decides how threads wait)
 
-from common import HERE, Spread, facts, write_json
+from common import Spread, facts, write_json
 
+from dspark_serve.bench.workload import SHIPPED
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.text import Tokenizer
@@ -163,7 +164,7 @@ def workloads(arms: Arms, prompts: Path | None, new_tokens: int, greedy: bool) -
     """Requests by workload, an endless supply of each being made by going round."""
     found: dict[str, list[str]] = {}
     if prompts is None:
-        found["sample"] = _turns(HERE / "prompts.jsonl")
+        found["sample"] = _turns(SHIPPED)
     else:
         found = {name: _turns(prompts / f"{name}.jsonl") for name in SETS}
         found["mix"] = [text for texts in zip(*found.values(), strict=False) for text in texts]

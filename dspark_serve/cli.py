@@ -187,6 +187,103 @@ def check_lossless(
     raise SystemExit(0 if report.lossless else 1)
 
 
+@app.command()
+def bench(
+    url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="Bearer token.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name in the API; default: the server's first.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with OpenAI messages; default: a sample that comes along.")
+    ] = None,
+    input_len: Annotated[int | None, typer.Option(min=1, help="Random prompts of this many tokens instead.")] = None,
+    output_len: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    ignore_eos: Annotated[
+        bool | None, typer.Option(help="Answers go on to that length; default: with --input-len.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of prompts, arrivals and requests.")] = 0,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests per repeat (default: twice the concurrency, 16 at least), or with --compare "
+            "per workload and arm (default: 8 pairs of turns).",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Users who wait for their answer; default: 1, no limit with arrivals.")
+    ] = None,
+    request_rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="Poisson arrivals per second instead of waiting users.")
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(help="Several concurrencies, as 1,2,4,8.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Default: 3, with --compare 1.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before anything is measured.")] = 2,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With and without speculation on the same requests, and the speed-up.")
+    ] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Of a request that gets 429, 503 and the like.")] = 3,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that a server may be silent.")] = 600.0,
+    json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here, as PNG; needs the [train] extra.")] = None,
+) -> None:
+    """Measure a running server, ours or another, and print the table that vLLM's `bench serve` prints.
+
+    Figures are medians over the repeats, with quartiles. Exit code 1: no request succeeded, or the server could not be
+    asked; 0 otherwise, whatever the figures say.
+    """
+    import asyncio
+
+    from dspark_serve.bench.client import BenchError
+    from dspark_serve.bench.command import BenchOptions
+    from dspark_serve.bench.command import bench as run
+
+    try:
+        options = BenchOptions(
+            url, api_key, model, prompts, input_len, output_len, ignore_eos, temperature, seed, num_prompts,
+            concurrency, request_rate, _numbers(sweep), repeats, warmup, compare, retries, timeout, json, plot,
+        )  # fmt: skip
+        succeeded = asyncio.run(run(options, print))
+    except (BenchError, OSError) as error:
+        _fail(error)
+    if not succeeded:
+        _fail("no request succeeded")
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help=f"{_MODEL_HELP} Fetched if need be; left out: the machine alone."),
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Draft head; default: the one that comes with the model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options, as for serve.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings here.")] = None,
+) -> None:
+    """Say what will be fast here, what will not, and why: the machine, and MODEL with its head, loaded as for serve.
+
+    Every line is ok, warn or fail, with what to do. Exit code 0: everything works, warnings or not; 1: something will
+    not. Options come from the environment and the YAML file as for serve.
+    """
+    try:
+        merged = load_config({"model": model, "head": head}, environment=os.environ, file=config)
+        from dspark_serve.doctor.command import doctor as run
+
+        works = run(merged, model is not None or head is not None, print, json)
+    except (ConfigError, OSError) as error:
+        _fail(error)
+    raise SystemExit(0 if works else 1)
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(
+            f"takes whole numbers with commas between, not {text!r}", param_hint="--sweep"
+        ) from None
+
+
 def _say(line: str) -> None:
     tqdm.write(f"{time.strftime('%H:%M:%S')} {line}")  # above a bar, where one is drawn
     sys.stdout.flush()

@@ -20,7 +20,7 @@ RANKS = {
     2: "models",
     3: "drafters speculation",
     4: "engine",
-    5: "training server llm lossless",
+    5: "training server llm lossless bench doctor",
     6: "cli",
     7: "__init__ __main__",
 }
@@ -36,6 +36,7 @@ FORBIDDEN = {
     "speculation.cost": TORCH,
     "speculation.budget": TORCH,
     "speculation.calibrate": TORCH,
+    "bench": TORCH | {"engine", "models", "drafters", "speculation", "dspark_kernels", "sampling", "cache", "text"},
     "server": TORCH | {"models", "drafters", "speculation", "dspark_kernels", "sampling", "cache"},
 }
 
@@ -86,6 +87,7 @@ def test_every_import_goes_down() -> None:
         ("cache.pages", "import torch"),
         ("cache.pages", "def f():\n    from torch import nn"),
         ("engine.scheduler", "if TYPE_CHECKING:\n    from dspark_serve.tensors import StepBatch"),
+        ("bench.client", "from dspark_serve.engine.build import build_engine"),
         ("server.app", "import dspark_serve.models.loader"),
         ("server.app", "from dspark_serve import models"),
         ("server.app", "from ..speculation import verify"),

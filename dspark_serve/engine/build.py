@@ -86,12 +86,25 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engin
 
 def _row_invariant(model: TargetModel, path: Path, page_size: int) -> bool:
     """Whether a token's bits are the same however it is batched: seen now, or seen before with these very files."""
-    key = {**_check_key(model, path), "page_size": page_size}
+    key = rows_key(model, path, page_size)
     if not passed("rows", key):
         if row_variance(model, page_size) is not None:
             return False
         remember("rows", key)
     return True
+
+
+def rows_key(model: TargetModel, path: Path, page_size: int) -> dict[str, object]:
+    """Under which the check for row-invariant arithmetic is remembered."""
+    return {**_check_key(model, path), "page_size": page_size}
+
+
+def head_key(config: Config, path: Path, model: TargetModel) -> dict[str, object]:
+    """Under which the self-test of config's head is remembered."""
+    assert config.speculation.head is not None
+    head_dir = head_directory(config.speculation.head)
+    key = {**_check_key(model, path), "head": str(head_dir), "head_files": file_states(head_dir)}
+    return key | config.speculation.model_dump(include={"method", "num_speculative_tokens", "verify_mode"})
 
 
 def _check_key(model: TargetModel, path: Path) -> dict[str, object]:
@@ -139,9 +152,7 @@ def _tested(
     A head that passed is not tested again while its files and the model's stay as they are.
     """
     assert config.speculation.head is not None
-    head_dir = head_directory(config.speculation.head)
-    key = {**_check_key(model, Path(path)), "head": str(head_dir), "head_files": file_states(head_dir)}
-    key |= config.speculation.model_dump(include={"method", "num_speculative_tokens", "verify_mode"})
+    head_dir, key = head_directory(config.speculation.head), head_key(config, Path(path), model)
     if passed("head", key):
         return plan, ()
     num_pages = 1 + -(-_SELF_TEST_TOKENS // config.cache.page_size)

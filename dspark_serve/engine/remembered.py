@@ -61,7 +61,7 @@ def machine(device: torch.device) -> dict[str, object]:
     except PackageNotFoundError:  # run from a checkout that is not installed
         ours = "unknown"
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "version": f"{ours}, torch {torch.__version__}",
         "kernels": file_states(Path(native.__file__).parent, "*.so"),
@@ -88,7 +88,8 @@ def _stored(key: Mapping[str, object]) -> dict[str, object]:
     return {"passed": True, "key": dict(key)}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the instruction set that torch chose."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
