@@ -53,7 +53,8 @@ def best_drafts(engine: Engine, rows: int, accepted_length: float) -> tuple[int,
     as likely as the one before. Greedy. Raises ValueError where nothing was measured.
     """
     costs, width, context = _costs(engine), engine.info.num_speculative_tokens, rows * CONTEXT
-    step_ms = costs.step_curve(rows, rows * (width + 1), rows, context, True, CONTEXT)[::rows]  # [drafts]
+    step_ms = costs.step_curve(rows, rows * (width + 1), rows, context, greedy=True, keys_per_draft=CONTEXT)
+    step_ms = step_ms[::rows]  # [drafts + 1]
     each = 1 - 1 / max(accepted_length, 1.0)
     tokens = np.cumsum(each ** np.arange(width + 1))
     gains = tokens / (step_ms + costs.draft_ms(rows, context, greedy=True)) * step_ms[0]

@@ -145,7 +145,7 @@ def test_the_number_of_drafts_that_earns_most(monkeypatch):
 
     def costs(draft_ms):
         curve = np.interp(np.arange(4, 17), [4, 8, 12, 16], [10.0, 11.0, 12.0, 14.0])  # by tokens, for four rows
-        return SimpleNamespace(step_curve=lambda *_, greedy: curve, draft_ms=lambda *_, greedy: draft_ms)
+        return SimpleNamespace(step_curve=lambda *_, **__: curve, draft_ms=lambda *_, greedy: draft_ms)
 
     monkeypatch.setattr(curves, "_costs", lambda _: costs(2.0))
     assert curves.best_drafts(engine, 4, 2.0) == (2, pytest.approx(1.25))
