@@ -272,8 +272,20 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class RowReport:
+    n_draft: int
+    n_kept: int
+    n_accepted: int
+    drafter: str = ""
+
+
+@dataclass(frozen=True)
 class TokenDelta:
-    """News of one request after a step. `finish_reason` is set on the last delta, which may carry no token."""
+    """News of one request after a step. `finish_reason` is set on the last delta, which may carry no token.
+
+    `row` says how the tokens came to be: the first `row.n_accepted` of them were drafted. A token that ends the
+    request may leave fewer of them than were accepted.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -284,14 +296,7 @@ class TokenDelta:
     num_cached: int = 0
     stats: SpeculationStats | None = None  # on the last delta
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class RowReport:
-    n_draft: int
-    n_kept: int
-    n_accepted: int
-    drafter: str = ""
+    row: RowReport | None = None  # of a step that sampled
 
 
 @dataclass(frozen=True)

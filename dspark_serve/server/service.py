@@ -157,7 +157,7 @@ class Service:
         """Submit a generation; it is running, or queued, when this returns. Always close the answer."""
         requests = self.requests(body, prompts)
         skip = True if body.skip_special_tokens is None else body.skip_special_tokens
-        choices = [Choice(request, self.tokenizer, skip) for request in requests]
+        choices = [Choice(request, self.tokenizer, skip, body.marks_tokens()) for request in requests]
         return Answer(await self.engine.submit(*requests), choices, body.n or 1)
 
 
