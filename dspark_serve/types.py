@@ -339,6 +339,19 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class CostCurve:
+    """What the cost model says that steps take now: one of as many rows and keys as the last, by its tokens."""
+
+    rows: int
+    context: int  # keys visible to all rows together
+    tokens: tuple[int, ...]  # ascending, from `rows` on; drafts and prompt chunks included
+    step_ms: tuple[float, ...]  # of each of these, drafting not included
+    draft_ms: float  # drafts for all rows; 0 where drafting costs nothing
+    slowdown: float  # of the machine, over when it was profiled
+    noise: float  # typical relative error of a prediction
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """Facts about a built engine that never change while it runs; what /server_info and the start-up lines show."""
 
