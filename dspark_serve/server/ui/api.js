@@ -2,7 +2,9 @@
 // for the key. Paths are relative, so that the page works behind a proxy that serves it under a prefix.
 
 const KEY = "dspark-key";
+const REFUSED = "the server asks for a key: give it with the button Key above";
 let asking = null; // the one question for the key that is open, if any
+let declined = false; // whoever waved the question away is not asked again unasked
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -30,14 +32,16 @@ export function askForKey(problem = "") {
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       sessionStorage.setItem(KEY, byId("key").value.trim());
+      declined = false;
       finish();
       dialog.close();
       resolve();
     }, options);
     byId("key-cancel").addEventListener("click", () => dialog.close(), options);
     dialog.addEventListener("close", () => {
+      declined = true;
       finish();
-      reject(new ApiError(401, "the server asks for a key: give it with the button Key above"));
+      reject(new ApiError(401, REFUSED));
     }, options);
     dialog.showModal();
   });
@@ -47,6 +51,7 @@ export function askForKey(problem = "") {
 /** fetch with the key; asks for it, as often as needed, when the server wants one. ApiError for all but a success. */
 async function request(path, options = {}) {
   for (;;) {
+    if (declined) throw new ApiError(401, REFUSED);
     const key = sessionStorage.getItem(KEY);
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     const response = await fetch(path, { ...options, headers });
