@@ -30,8 +30,8 @@ class Step(BaseModel):
 class Position(BaseModel):
     """Drafts at one position: `tried` had all before them accepted, and were verified."""
 
-    tried: int = 0
-    accepted: int = 0
+    tried: int
+    accepted: int
 
 
 class Curve(BaseModel):
@@ -69,7 +69,8 @@ class Live:
     def __init__(self) -> None:
         self._steps: deque[Step] = deque(maxlen=_STEPS)
         self._num_steps = self._generated = self._prompt = self._drafted = 0
-        self._positions: list[Position] = []
+        self._tried: list[int] = []  # by position in the draft
+        self._accepted: list[int] = []
 
     def on_submit(self, request: Request) -> None:
         pass
@@ -83,7 +84,6 @@ class Live:
     def on_step(self, report: StepReport | None, stats: EngineStats, started_s: float) -> None:
         if report is None or not report.num_tokens:
             return
-        kept = sum(row.n_kept for row in report.rows)
         self._num_steps += 1
         self._prompt += report.num_prefill_tokens
         self._generated += sum(len(delta.token_ids) for delta in report.deltas)
@@ -95,7 +95,7 @@ class Live:
             Step(
                 rows=len(report.rows),
                 tokens=report.num_tokens,
-                kept=kept,
+                kept=sum(row.n_kept for row in report.rows),
                 accepted=sum(row.n_accepted for row in report.rows),
                 ms=sum(report.phase_ms.values()) - drafting_ms,
                 predicted_ms=None if report.budget is None else report.budget.predicted_step_ms,
@@ -105,10 +105,12 @@ class Live:
     def _count(self, kept: int, accepted: int) -> None:
         """Every draft up to the first that was refused has been tried."""
         tried = min(kept, accepted + 1)
-        self._positions.extend(Position() for _ in range(tried - len(self._positions)))
-        for place, position in enumerate(self._positions[:tried]):
-            position.tried += 1
-            position.accepted += place < accepted
+        new = [0] * (tried - len(self._tried))
+        self._tried += new
+        self._accepted += new
+        for place in range(tried):
+            self._tried[place] += 1
+            self._accepted[place] += place < accepted
 
     def show(self, state: State, stats: EngineStats, curve: CostCurve | None, after: int) -> LiveStats:
         """What there is to draw; `after`: the number of steps known already."""
@@ -122,7 +124,7 @@ class Live:
             running=stats.num_running,
             waiting=stats.num_waiting,
             kv_used=stats.pages_used / stats.pages_total if stats.pages_total else 0.0,
-            positions=self._positions,
+            positions=[Position(tried=t, accepted=a) for t, a in zip(self._tried, self._accepted, strict=True)],
             num_steps=self._num_steps,
             steps=list(self._steps)[-new:] if new else [],
             curve=None if curve is None else Curve.model_validate(curve, from_attributes=True),

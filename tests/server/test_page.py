@@ -123,7 +123,7 @@ async def test_figures_are_what_was_done(serve):
 
 
 class Refusing(FakeEngine):
-    """Accepts the first of two drafts; says what it expected."""
+    """Accepts the first of three drafts, so that the third is never tried; says what it expected."""
 
     def step(self):
         report = super().step()
@@ -136,8 +136,8 @@ class Refusing(FakeEngine):
 
 
 async def test_figures_of_a_budget_that_predicts(serve):
-    async with serve(Refusing(burst=3)) as client:
-        await generate(client, max_tokens=10)
+    async with serve(Refusing(burst=4)) as client:
+        await generate(client, max_tokens=13)
         stats = (await client.get("/stats")).json()
         assert stats["positions"] == [{"tried": 3, "accepted": 3}, {"tried": 3, "accepted": 0}]
         assert {(step["ms"], step["predicted_ms"]) for step in stats["steps"]} == {(6.0, 4.5)}

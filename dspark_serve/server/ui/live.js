@@ -5,7 +5,7 @@ import { draw, roundUp, short } from "./charts.js";
 
 const EVERY_MS = 1000;
 const SAMPLES = 120; // two minutes
-const STEPS = 96; // bars of the budget
+const STEPS = 192; // bars of the budget
 const DOTS = 240; // steps beside the cost curve
 const byId = (id) => document.getElementById(id);
 
