@@ -306,6 +306,21 @@ def test_nothing_is_wider_than_the_screen(browser, url, width):
     visit.close()
 
 
+def test_a_setting_that_is_wrong_is_shown_on_a_phone_too(browser, url):
+    visit = Visit(browser, url, viewport={"width": 390, "height": 740})
+    settings, temperature = visit.page.get_by_text("Settings"), visit.page.get_by_label("Temperature")
+    settings.click()
+    temperature.fill("")
+    settings.click()
+    assert not temperature.is_visible()
+    visit.page.get_by_label("Message").fill("hello")
+    visit.page.get_by_label("Message").press("Enter")
+    temperature.wait_for()
+    assert visit.page.evaluate("document.activeElement.id") == "temperature"
+    assert visit.page.locator(".turn").count() == 0
+    visit.close()
+
+
 _CONTRAST = """selector => {
     const parts = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map(Number);
     const light = (colour) => {

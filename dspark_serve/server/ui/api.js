@@ -1,6 +1,8 @@
 // The server's API: requests with the key, answers as events. Must not know: the page, but for the dialog that asks
 // for the key. Paths are relative, so that the page works behind a proxy that serves it under a prefix.
 
+import { byId } from "./dom.js";
+
 const KEY = "dspark-key";
 const REFUSED = "the server asks for a key: give it with the button Key above";
 let asking = null; // the one question for the key that is open, if any
@@ -12,8 +14,6 @@ export class ApiError extends Error {
     this.status = status;
   }
 }
-
-const byId = (id) => document.getElementById(id);
 
 /** Ask for the key; resolves once there is one. ApiError 401 if the question was waved away. */
 export function askForKey(problem = "") {

@@ -1,10 +1,10 @@
 // Starts the page: the facts in its head, the live panel, the playground.
 
 import { askForKey, getJson } from "./api.js";
+import { byId } from "./dom.js";
 import * as live from "./live.js";
 import * as playground from "./playground.js";
 
-const byId = (id) => document.getElementById(id);
 let asked = null;
 
 /** The answer of /server_info; asked for once, and again after a failure. */

@@ -2,12 +2,12 @@
 
 import { ApiError, getJson } from "./api.js";
 import { draw, roundUp, short } from "./charts.js";
+import { byId } from "./dom.js";
 
 const EVERY_MS = 1000;
 const SAMPLES = 120; // two minutes
 const STEPS = 192; // bars of the budget
 const DOTS = 240; // steps beside the cost curve
-const byId = (id) => document.getElementById(id);
 
 const samples = []; // one per answer: time, rates and levels
 let steps = []; // the last of the engine, oldest first

@@ -1,14 +1,9 @@
 // One answer on the page: its tokens as they stream in, coloured by how they came to be, and how fast they came.
-// Text goes in as text, never as markup. Must not know: requests, the conversation.
+// Must not know: requests, the conversation.
 
-const SOURCES = ["plain", "draft", "bonus"];
+import { make } from "./dom.js";
 
-function make(name, className, ...children) {
-  const made = document.createElement(name);
-  made.className = className;
-  made.append(...children);
-  return made;
-}
+const WORDS = { plain: "plain", draft: "drafted", bonus: "bonus" };
 
 export class Pane {
   /** title: what stands above the answer. */
@@ -72,9 +67,8 @@ export class Pane {
   describe() {
     this.speed.textContent = this.rate === null ? "" : `${this.rate.toFixed(1)} tokens/s`;
     const drafts = Object.entries(this.byDrafter).map(([name, count]) => `${name} ${count}`).join(", ");
-    const shown = SOURCES.filter((source) => this.counts[source]).map((source) => {
-      const words = { plain: "plain", draft: "drafted", bonus: "bonus" }[source];
-      return `${this.counts[source]} ${words}${source === "draft" && drafts ? ` (${drafts})` : ""}`;
+    const shown = Object.keys(WORDS).filter((source) => this.counts[source]).map((source) => {
+      return `${this.counts[source]} ${WORDS[source]}${source === "draft" ? ` (${drafts})` : ""}`;
     });
     const parts = [`${this.tokens.length} tokens: ${shown.join(", ") || "none yet"}`];
     if (this.finish === "length") parts.push("ended at max tokens");

@@ -2,9 +2,9 @@
 // Must not know: how tokens are shown, what the server measures.
 
 import { stream } from "./api.js";
+import { byId, make } from "./dom.js";
 import { Pane, firstDifference } from "./pane.js";
 
-const byId = (id) => document.getElementById(id);
 const TITLES = { on: "With drafts", off: "Without drafts" };
 
 let messages = []; // of the conversation, as the API takes them
@@ -15,7 +15,7 @@ export function start(facts) {
   const form = byId("composer");
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) stop();
+    if (running) running.abort();
     else send(facts);
   });
   byId("prompt").addEventListener("keydown", (event) => {
@@ -24,22 +24,19 @@ export function start(facts) {
     if (!running) form.requestSubmit();
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running) stop();
+    if (event.key === "Escape") running?.abort();
   });
   byId("new-chat").addEventListener("click", clear);
   for (const radio of form.elements.mode) radio.addEventListener("change", modeChanged);
   modeChanged();
   byId("settings").open = matchMedia("(width >= 640px)").matches; // elsewhere they would fill the screen
+  form.addEventListener("invalid", () => (byId("settings").open = true), true); // what is wrong must be seen
 }
 
 const mode = () => byId("composer").elements.mode.value;
 
 function modeChanged() {
   byId("together-field").hidden = mode() !== "both";
-}
-
-function stop() {
-  running.abort();
 }
 
 function clear() {
@@ -83,12 +80,16 @@ async function send(facts) {
   if (byId("together").checked) await Promise.all(panes.map(answer));
   else for (const pane of panes) await answer(pane);
   if (running !== mine) return; // the conversation was cleared
-  setRunning(null);
   const first = panes[0][1];
   if (first.text) messages = [...conversation, { role: "assistant", content: first.text }];
-  verdict.textContent = await judge(panes.map(([, pane]) => pane), mine.signal.aborted, facts, verdict);
+  if (panes.length > 1) {
+    const [outcome, sentence] = await judge(first, panes[1][1], mine.signal.aborted, facts);
+    verdict.textContent = sentence;
+    verdict.dataset.outcome = outcome;
+  }
   announce(verdict.textContent || "The answer is complete.");
   follow();
+  if (running === mine) setRunning(null);
 }
 
 async function fill(pane, body, enabled, signal) {
@@ -106,29 +107,21 @@ async function fill(pane, body, enabled, signal) {
   }
 }
 
-/** The sentence below two answers; its class and the panes show the outcome too. */
-async function judge([on, off], stopped, facts, verdict) {
-  if (!off) return "";
-  if (stopped || on.failed || off.failed) return "Not compared: an answer is not complete.";
+/** What becomes of the comparison of two answers, and the sentence that says so; where they differ is shown in both. */
+async function judge(on, off, stopped, facts) {
+  if (stopped || on.failed || off.failed) return ["none", "Not compared: an answer is not complete."];
   const at = firstDifference(on.text, off.text);
   const faster = on.rate && off.rate ? ` With drafts ${(on.rate / off.rate).toFixed(2)} times as fast.` : "";
-  verdict.dataset.outcome = at < 0 ? "identical" : "differs";
-  if (at < 0) return `Identical.${faster}`;
+  if (at < 0) return ["identical", `Identical.${faster}`];
   on.differFrom(at);
   off.differFrom(at);
   const { engine } = await facts();
   const why = engine.verify_mode === "rejection" ? " This server keeps the distribution, not the text." : "";
-  return `They differ from character ${at + 1} on.${why}${faster}`;
+  return ["differs", `They differ from character ${at + 1} on.${why}${faster}`];
 }
 
 function addTurn(prompt, panes, seed) {
   byId("welcome").hidden = true;
-  const make = (name, className, ...children) => {
-    const made = document.createElement(name);
-    made.className = className;
-    made.append(...children);
-    return made;
-  };
   const verdict = make("p", "verdict");
   const sides = make("div", "sides", ...panes.map(([, pane]) => pane.root));
   sides.dataset.count = panes.length;
