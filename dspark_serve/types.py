@@ -348,7 +348,6 @@ class CostCurve:
     step_ms: tuple[float, ...]  # of each of these, drafting not included
     draft_ms: float  # drafts for all rows; 0 where drafting costs nothing
     slowdown: float  # of the machine, over when it was profiled
-    noise: float  # typical relative error of a prediction
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ _STEPS = 512  # kept; who asks once a second misses none of a CPU's
 class Step(BaseModel):
     """One step of the engine. `predicted_ms` is what the cost model expected of it, drafting not included, as `ms`."""
 
-    rows: int  # that gave tokens
     tokens: int  # through the target, drafts included
     kept: int  # drafts verified
     accepted: int
@@ -43,7 +42,6 @@ class Curve(BaseModel):
     step_ms: list[float]
     draft_ms: float
     slowdown: float
-    noise: float
 
 
 class LiveStats(BaseModel):
@@ -52,8 +50,6 @@ class LiveStats(BaseModel):
     state: State  # of the engine
     now_s: float  # of a clock that only goes forward
     generated_tokens: int
-    prompt_tokens: int
-    drafted_tokens: int
     running: int
     waiting: int
     kv_used: float  # share of the K/V pages in use
@@ -68,7 +64,7 @@ class Live:
 
     def __init__(self) -> None:
         self._steps: deque[Step] = deque(maxlen=_STEPS)
-        self._num_steps = self._generated = self._prompt = self._drafted = 0
+        self._num_steps = self._generated = 0
         self._tried: list[int] = []  # by position in the draft
         self._accepted: list[int] = []
 
@@ -85,15 +81,12 @@ class Live:
         if report is None or not report.num_tokens:
             return
         self._num_steps += 1
-        self._prompt += report.num_prefill_tokens
         self._generated += sum(len(delta.token_ids) for delta in report.deltas)
-        self._drafted += sum(row.n_draft for row in report.rows)
         for row in report.rows:
             self._count(row.n_kept, row.n_accepted)
         drafting_ms = report.phase_ms.get("propose", 0.0)
         self._steps.append(
             Step(
-                rows=len(report.rows),
                 tokens=report.num_tokens,
                 kept=sum(row.n_kept for row in report.rows),
                 accepted=sum(row.n_accepted for row in report.rows),
@@ -119,8 +112,6 @@ class Live:
             state=state,
             now_s=time.monotonic(),
             generated_tokens=self._generated,
-            prompt_tokens=self._prompt,
-            drafted_tokens=self._drafted,
             running=stats.num_running,
             waiting=stats.num_waiting,
             kv_used=stats.pages_used / stats.pages_total if stats.pages_total else 0.0,

@@ -12,9 +12,10 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
 _UI = Path(__file__).with_name("ui")
-_FILES = {"/": "index.html", **{f"/ui/{path.name}": path.name for path in _UI.iterdir() if path.name != "index.html"}}
 # Types of our own: the system's table of them may say anything.
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_PARTS = [path.name for path in _UI.iterdir() if path.suffix in _TYPES and path.name != "index.html"]
+_FILES = {"/": "index.html", **{f"/ui/{name}": name for name in _PARTS}}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -328,7 +328,6 @@ class AutoBudget:
             step_ms=tuple(steps[tokens - rows].tolist()),
             draft_ms=self.cost.draft_ms(rows, load.context, load.greedy),
             slowdown=self.cost.slowdown,
-            noise=self.cost.noise,
         )
 
 

@@ -234,6 +234,7 @@ def test_charts_move_under_load(browser, predicting):
         page.locator("#chart-budget rect.faint").first.wait_for()
         page.locator("#chart-cost circle.accent").first.wait_for()
         page.locator("#chart-cost circle.ring").first.wait_for()
+        page.locator("#chart-cost[title*='what is expected of 2 rows with']").wait_for()
         visit.shot("load")
     finally:
         stop.set()

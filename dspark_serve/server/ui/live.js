@@ -134,6 +134,7 @@ function cost(curve, engine) {
   const tallest = Math.max(typical, inside.at(-1)?.[1] ?? 0, 0.001);
   const ticks = [];
   for (let tokens = 1; tokens <= max; tokens *= max > 64 ? 4 : 2) ticks.push([tokens, tokens === 1 ? "1 token" : String(tokens)]);
+  byId("chart-cost").title = curve ? explain(curve) : "";
   const median = off.length ? `off by ${Math.round(100 * off[Math.floor(off.length / 2)])} %` : "nothing predicted yet";
   plot("chart-cost", curve ? median : `budget ${engine.budget}: no model`, {
     label: "Milliseconds of a step by its tokens; line predicted, dots measured",
@@ -145,6 +146,12 @@ function cost(curve, engine) {
       { kind: "line", className: "ink", points: inside },
     ],
   });
+}
+
+function explain({ rows, context, draft_ms: draft, slowdown }) {
+  const load = `${rows} row${rows === 1 ? "" : "s"} with ${context} keys`;
+  return `Line: what is expected of ${load}; drafting beside it ${short(draft)} ms. Rings: what was expected of each step. ` +
+    `Dots: what it took. The machine takes ${slowdown.toFixed(2)} times what was measured at the start.`;
 }
 
 function requests(stats) {
