@@ -78,19 +78,21 @@ export async function* stream(path, body, signal) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
   const response = await request(path, options);
   let buffer = "";
+  let whole = false;
   for await (const text of chunksOf(response.body.pipeThrough(new TextDecoderStream()))) {
     buffer += text;
     const lines = buffer.split("\n");
     buffer = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ")) continue; // an empty line, or a comment that keeps the connection open
-      if (line === "data: [DONE]") return;
+      if (line === "data: [DONE]") whole = true; // read on to the end: the connection serves the next request
+      if (whole) continue;
       const chunk = JSON.parse(line.slice(6));
       if (chunk.error) throw new ApiError(500, chunk.error.message);
       yield chunk;
     }
   }
-  throw new ApiError(500, "the connection ended in the middle of the answer");
+  if (!whole) throw new ApiError(500, "the connection ended in the middle of the answer");
 }
 
 async function* chunksOf(readable) {
