@@ -184,6 +184,23 @@ def test_what_the_server_refuses_is_said(browser, url):
     visit.close("400 (Bad Request)")
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("", "ended in the middle"),
+        ('data: {"error": {"message": "the engine failed"}}\n\ndata: [DONE]\n\n', "engine failed"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_said_to(visit, end, message):
+    whole = streamed(["one ", "two"])
+    broken = {**whole, "body": whole["body"].replace("data: [DONE]\n\n", end)}
+    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(**broken))
+    visit.ask("hello", "With drafts")
+    visit.panes().get_by_role("alert").filter(has_text=message).wait_for()
+    assert [text for text, *_ in visit.tokens(visit.panes())] == ["one ", "two"]
+    visit.finish()
+
+
 def test_markup_is_text(visit):
     markup = '<img src="https://elsewhere.example/x" onerror="document.title=1"><script>document.title=2</script>'
     visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed([markup, "</div>"])))
