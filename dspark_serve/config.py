@@ -112,6 +112,7 @@ class ServerConfig(Section):
     served_model_name: str | None = Field(default=None, description="Name in the API; default: MODEL.")
     shutdown_timeout: float = Field(default=30.0, ge=0, description="Seconds that running requests get after SIGTERM.")
     max_body_mib: float = Field(default=4.0, gt=0, description="Larger request bodies get 413.")
+    ui: bool = Field(default=True, description="Serve the live page at /: charts and a playground.")
     metrics_compat: Literal["none", "vllm"] = Field(
         default="none", description="vllm: repeat shared metrics under `vllm:`."
     )

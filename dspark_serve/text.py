@@ -269,6 +269,11 @@ class Detokenizer:
     def stopped(self) -> bool:
         return self.stop_string is not None
 
+    @property
+    def num_held(self) -> int:
+        """Characters held back because they may begin a stop string."""
+        return len(self._held)
+
     def feed(self, token_ids: Iterable[int]) -> str:
         """Text that these tokens add for certain. After a stop string has ended the text, tokens are ignored."""
         parts: list[str] = []

@@ -272,8 +272,20 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class RowReport:
+    n_draft: int
+    n_kept: int
+    n_accepted: int
+    drafter: str = ""
+
+
+@dataclass(frozen=True)
 class TokenDelta:
-    """News of one request after a step. `finish_reason` is set on the last delta, which may carry no token."""
+    """News of one request after a step. `finish_reason` is set on the last delta, which may carry no token.
+
+    `row` says how the tokens came to be: the first `row.n_accepted` of them were drafted. A token that ends the
+    request may leave fewer of them than were accepted.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -284,14 +296,7 @@ class TokenDelta:
     num_cached: int = 0
     stats: SpeculationStats | None = None  # on the last delta
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class RowReport:
-    n_draft: int
-    n_kept: int
-    n_accepted: int
-    drafter: str = ""
+    row: RowReport | None = None  # of a step that sampled
 
 
 @dataclass(frozen=True)
@@ -331,6 +336,18 @@ class EngineStats:
     prefix_queries: int  # prompt tokens looked up
     prefix_hits: int  # prompt tokens found
     num_preemptions: int
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What the cost model says that steps take now: one of as many rows and keys as the last, by its tokens."""
+
+    rows: int
+    context: int  # keys visible to all rows together
+    tokens: tuple[int, ...]  # ascending, from `rows` on; drafts and prompt chunks included
+    step_ms: tuple[float, ...]  # of each of these, drafting not included
+    draft_ms: float  # drafts for all rows; 0 where drafting costs nothing
+    slowdown: float  # of the machine, over when it was profiled
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dspark_serve.sampling import logprob_table
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.speculation.verify import verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
-from dspark_serve.types import EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
+from dspark_serve.types import CostCurve, EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
 
 
 class Engine:
@@ -83,6 +83,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
+
+    def cost_curve(self) -> CostCurve | None:
+        """What steps are expected to take, by their tokens; None where nothing is decided by it."""
+        return self.budget.curve(self.info.max_num_batched_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests and pages agree."""

@@ -232,11 +232,12 @@ class Scheduler:
         reports: list[RowReport] = []
         for row, result in zip(plan.rows, results, strict=True):
             request = row.request
+            report = None
             if row.samples:
-                accepted = len(result.tokens) - 1
-                request.stats.record(result.n_draft, result.n_kept, accepted, result.drafter)
-                reports.append(RowReport(result.n_draft, result.n_kept, accepted, result.drafter))
-            delta = self._commit_row(row, result)
+                report = RowReport(result.n_draft, result.n_kept, len(result.tokens) - 1, result.drafter)
+                request.stats.record(report.n_draft, report.n_kept, report.n_accepted, report.drafter)
+                reports.append(report)
+            delta = self._commit_row(row, result, report)
             if delta is not None:
                 deltas.append(delta)
         lengths = sum(row.length for row in plan.rows)
@@ -249,7 +250,7 @@ class Scheduler:
             num_preempted=plan.num_preempted,
         )
 
-    def _commit_row(self, row: Row, result: RowResult) -> TokenDelta | None:
+    def _commit_row(self, row: Row, result: RowResult, report: RowReport | None) -> TokenDelta | None:
         request = row.request
         tokens, reason, stop_token = self._until_stop(request, result.tokens)
         request.token_ids.extend(tokens)
@@ -274,6 +275,7 @@ class Scheduler:
             prompt_logprobs=result.prompt_logprobs,
             num_cached=request.num_cached,
             stats=request.stats if reason is not None else None,
+            row=report,
         )
 
     @staticmethod

@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from dspark_serve.server import errors
+from dspark_serve.server import errors, page
 from dspark_serve.server.errors import ErrorResponse
-from dspark_serve.server.middleware import Gate
+from dspark_serve.server.live import LiveStats
+from dspark_serve.server.middleware import OPEN_PATHS, Gate
 from dspark_serve.server.protocol import (
     ChatBody,
     ChatResponse,
@@ -58,7 +59,12 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(router)
     errors.install(app)
     server = service.config.server
-    app.add_middleware(Gate, api_key=server.api_key, max_body_bytes=int(server.max_body_mib * 2**20))
+    open_paths = OPEN_PATHS
+    if server.ui:
+        app.include_router(page.router)
+        open_paths |= page.PATHS
+    limit = int(server.max_body_mib * 2**20)
+    app.add_middleware(Gate, api_key=server.api_key, max_body_bytes=limit, open_paths=open_paths)
     return app
 
 
@@ -193,6 +199,12 @@ async def ready(request: Request) -> dict[str, str]:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/stats", response_model=LiveStats)
+async def stats(request: Request, after: Annotated[int, Query(ge=0)] = 0) -> LiveStats:
+    """What the live page draws; of the last steps those that came after the first `after`."""
+    return await _service(request).live_stats(after)
 
 
 @router.get("/version")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import re
 import uuid
+from collections.abc import Set
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,12 +23,15 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    """The outermost layer. Sets scope["request_id"], answers 401, 413 and 500 itself."""
+    """The outermost layer. Sets scope["request_id"], answers 401, 413 and 500 itself; `open_paths` need no key."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, max_body_bytes: int, open_paths: Set[str] = OPEN_PATHS
+    ) -> None:
         self.app = app
         self.api_key = None if api_key is None else api_key.encode()
         self.max_body_bytes = max_body_bytes
+        self.open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +62,7 @@ class Gate:
             await answer.response()(scope, receive, send_with_id)
 
     def _admit(self, path: str, headers: Headers) -> None:
-        if self.api_key is not None and path not in OPEN_PATHS:
+        if self.api_key is not None and path not in self.open_paths:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key):
                 raise ApiError(

@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice as OpenAIChatChoice
 from pydantic import BaseModel, ConfigDict, Field
 
+from dspark_serve.choice import Source
 from dspark_serve.types import FinishReason, InvalidRequest, SamplingParams, SpeculationParams, SpeculationStats
 
 log = structlog.get_logger(__name__)
@@ -79,6 +80,7 @@ class StreamOptions(Body):
 class SpeculationControl(Body):
     enabled: bool = True
     max_draft_tokens: int | None = None
+    mark_tokens: bool = False  # tell of every token how it came to be
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -155,6 +157,9 @@ class GenerationBody(Body):
         if self.speculation is None:
             return SpeculationParams()
         return SpeculationParams(self.speculation.enabled, self.speculation.max_draft_tokens)
+
+    def marks_tokens(self) -> bool:
+        return self.speculation is not None and self.speculation.mark_tokens
 
 
 # fmt: off
@@ -321,12 +326,26 @@ class RequestMetrics(BaseModel):
     speculative_decoding: SpeculativeDecoding
 
 
+class TokenMark(BaseModel):
+    """How one token came to be; the texts of an answer's marks, joined, are its text.
+
+    In a stream, text of a token that had to be held back follows in a mark of the same index that has no source.
+    """
+
+    index: int
+    text: str
+    source: Source | None = None
+    position: int | None = None
+    drafter: str | None = None
+
+
 class ChatChoice(OpenAIChatChoice):
-    """OpenAI's, and vLLM's `stop_reason` (what stopped it) and `token_ids`."""
+    """OpenAI's, vLLM's `stop_reason` (what stopped it) and `token_ids`, and our marks of the tokens."""
 
     finish_reason: FinishReason | None  # type: ignore[assignment]
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    tokens: list[TokenMark] | None = None
 
 
 class ChatResponse(ChatCompletion):
@@ -342,6 +361,7 @@ class TextChoice(CompletionChoice):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    tokens: list[TokenMark] | None = None
 
 
 class CompletionResponse(Completion):

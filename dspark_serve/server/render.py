@@ -17,7 +17,7 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessage
 from openai.types.completion_usage import PromptTokensDetails
 
-from dspark_serve.choice import Choice, Piece
+from dspark_serve.choice import Choice, Mark, Piece
 from dspark_serve.server.protocol import (
     ChatBody,
     ChatChoice,
@@ -112,8 +112,30 @@ class _Base:
     def worth_sending(self, piece: Piece) -> bool:
         """False while text is held back because it may be half a character or the beginning of a stop string."""
         return bool(
-            piece.text or piece.finish_reason or piece.logprobs or (piece.token_ids and self.body.return_token_ids)
+            piece.text
+            or piece.finish_reason
+            or piece.logprobs
+            or piece.marks
+            or (piece.token_ids and self.body.return_token_ids)
         )
+
+    def whole_marks(self, choice: Choice) -> dict[str, Any]:
+        """The field `tokens` of a whole answer, or nothing where it is not wanted: one mark per token."""
+        if not self.body.marks_tokens():
+            return {}
+        shares: dict[int, str] = {}
+        for mark in choice.marks:
+            shares[mark.index] = shares.get(mark.index, "") + mark.text
+        return {"tokens": [{**_mark(m), "text": shares[m.index]} for m in choice.marks if m.source is not None]}
+
+
+def _mark(mark: Mark) -> dict[str, Any]:
+    entry: dict[str, Any] = {"index": mark.index, "text": mark.text}
+    if mark.source is not None:
+        entry["source"] = mark.source
+    if mark.source == "draft":
+        entry |= {"position": mark.position, "drafter": mark.drafter}
+    return entry
 
 
 class ChatRenderer(_Base):
@@ -148,12 +170,16 @@ class ChatRenderer(_Base):
             choice["stop_reason"] = piece.stop_reason
         if self.body.return_token_ids:
             choice["token_ids"] = piece.token_ids
+        if self.body.marks_tokens():
+            choice["tokens"] = [_mark(mark) for mark in piece.marks]
         yield self.dump([choice], last=self.ends(piece))
 
     def whole(self) -> str:
         choices = []
         for index, choice in enumerate(self.choices):
-            fields: dict[str, Any] = {"token_ids": choice.token_ids} if self.body.return_token_ids else {}
+            fields = self.whole_marks(choice)
+            if self.body.return_token_ids:
+                fields["token_ids"] = choice.token_ids
             choices.append(
                 ChatChoice(
                     index=index,
@@ -221,6 +247,8 @@ class TextRenderer(_Base):
             fields["stop_reason"] = piece.stop_reason
         if self.body.return_token_ids:
             fields["token_ids"] = piece.token_ids
+        if self.body.marks_tokens():
+            fields["tokens"] = [_mark(mark) for mark in piece.marks]
         logprobs = self._logprobs(index, entries, choice)
         shown = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason, **fields}
         yield self.dump([shown], last=self.ends(piece))
@@ -228,10 +256,10 @@ class TextRenderer(_Base):
     def whole(self) -> str:
         choices = []
         for index, choice in enumerate(self.choices):
-            fields: dict[str, Any] = {}
+            fields = self.whole_marks(choice)
             if self.body.return_token_ids:
                 prompt = list(choice.request.prompt_token_ids)
-                fields = {"token_ids": choice.token_ids, "prompt_token_ids": prompt}
+                fields |= {"token_ids": choice.token_ids, "prompt_token_ids": prompt}
             entries = [*self._prompt_entries(choice), *choice.logprobs]
             choices.append(
                 TextChoice(

@@ -127,7 +127,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> list[str]:
-    """What a ready server says: K/V pool, speculation, exactness, the URL, and a request to paste."""
+    """What a ready server says: K/V pool, speculation, exactness, the URLs, and a request to paste."""
     lengths = info.pool_tokens / info.max_model_len
     drafts = "off" if info.drafter == "none" else f"{info.drafter}, up to {info.num_speculative_tokens} drafts per step"
     if info.head is not None:
@@ -152,6 +152,7 @@ def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> l
         f"speculation  {drafts} ({info.verify_mode})",
         *(f"warning      {sentence}" for sentence in info.warnings),
         f"exactness    {exact}",
+        *([f"live page    {url}/"] if service.config.server.ui else []),
         f"ready        {url}/v1",
         f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",
     ]

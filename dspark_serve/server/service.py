@@ -20,10 +20,11 @@ from dspark_serve.choice import Choice, Piece, choice_seeds
 from dspark_serve.config import Config
 from dspark_serve.server.async_engine import AsyncEngine, EngineLike, RequestFailed, TokenStream
 from dspark_serve.server.errors import ApiError
+from dspark_serve.server.live import Live, LiveStats
 from dspark_serve.server.metrics import Metrics
 from dspark_serve.server.protocol import ChatBody, GenerationBody, TokenizeBody
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import EngineBusy, EngineInfo, InvalidRequest, Request
+from dspark_serve.types import EngineBusy, EngineInfo, EngineStats, InvalidRequest, Request
 
 Loaded = tuple[EngineLike, Tokenizer | None]
 
@@ -47,7 +48,8 @@ class Service:
         self.tokenizer: Tokenizer | None = None
         self.model_name = config.server.served_model_name or config.model.model
         self.metrics = Metrics(self.model_name, vllm_names=config.server.metrics_compat == "vllm")
-        self.engine = AsyncEngine(lambda: self._load(load), self.metrics)
+        self.live = Live()
+        self.engine = AsyncEngine(lambda: self._load(load), self.metrics, self.live)
         self.created = int(time.time())
         self._seeds = random.Random(config.engine.seed)
 
@@ -70,6 +72,13 @@ class Service:
     @property
     def can_chat(self) -> bool:
         return self.tokenizer is not None and self.tokenizer.chat_template is not None
+
+    async def live_stats(self, after: int) -> LiveStats:
+        """What the live page draws; steps beyond the first `after`. Answered while the engine loads, too."""
+        state, curve = self.engine.state, None
+        if state in ("ready", "draining"):
+            curve = await self.engine.call(lambda engine: engine.cost_curve())
+        return self.live.show(state, self.engine.stats or EngineStats(0, 0, 0, 0, 0, 0, 0), curve, after)
 
     def check_model(self, name: str | None) -> None:
         """404 unless the request names the served model, or none."""
@@ -157,7 +166,7 @@ class Service:
         """Submit a generation; it is running, or queued, when this returns. Always close the answer."""
         requests = self.requests(body, prompts)
         skip = True if body.skip_special_tokens is None else body.skip_special_tokens
-        choices = [Choice(request, self.tokenizer, skip) for request in requests]
+        choices = [Choice(request, self.tokenizer, skip, body.marks_tokens()) for request in requests]
         return Answer(await self.engine.submit(*requests), choices, body.n or 1)
 
 

@@ -20,13 +20,14 @@ from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.recent import Members
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import BudgetReport, Plan, Request, Row, RowResult
+from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _FULL_SHARE = 0.005  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
 _BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
+_CURVE_POINTS = 48  # at most, of a curve to be shown
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 
@@ -49,6 +50,10 @@ class Budget(Protocol):
         """The request is finished; forget it. Unknown ids are fine."""
         ...
 
+    def curve(self, max_tokens: int) -> CostCurve | None:
+        """What steps of up to so many tokens are expected to take; None from a budget that does not predict."""
+        ...
+
 
 class KeepAll:
     """Verify every draft."""
@@ -66,6 +71,9 @@ class KeepAll:
 
     def release(self, request_id: str) -> None:
         pass
+
+    def curve(self, max_tokens: int) -> CostCurve | None:
+        return None
 
 
 class FixedBudget(KeepAll):
@@ -238,6 +246,21 @@ class AutoBudget:
         if self._admission is not None:
             self._admission.release(request_id)
         self.calibrator.release(request_id)
+
+    def curve(self, max_tokens: int) -> CostCurve | None:
+        load = self._step.load
+        rows = max(load.rows, 1)
+        last = max(max_tokens, rows)
+        tokens = np.unique(np.geomspace(rows, last, _CURVE_POINTS).round().astype(np.int64))
+        steps = self.cost.step_curve(rows, last, rows, load.context, load.greedy, load.keys_per_draft)
+        return CostCurve(
+            rows=rows,
+            context=load.context,
+            tokens=tuple(tokens.tolist()),
+            step_ms=tuple(steps[tokens - rows].tolist()),
+            draft_ms=self.cost.draft_ms(rows, load.context, load.greedy),
+            slowdown=self.cost.slowdown,
+        )
 
 
 def _barred(row: Row, costly: bool, lookup: bool) -> Row:

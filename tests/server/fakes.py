@@ -67,6 +67,9 @@ class FakeEngine:
     def stats(self):
         return self.scheduler.stats()
 
+    def cost_curve(self):
+        return None
+
     def check_integrity(self):
         self.scheduler.check_integrity()
 

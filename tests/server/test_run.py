@@ -231,3 +231,6 @@ def test_lines_of_a_server_with_a_key(tokenizer):
     assert "-H 'Authorization: Bearer '$KEY" in lines[-1]
     assert ("/v1/chat/completions" if tokenizer else "/v1/completions") in lines[-1]
     assert lines[-2].endswith("http://127.0.0.1:80/v1")
+    assert lines[-3] == "live page    http://127.0.0.1:80/"
+    without = make_service(tokenizer=tokenizer, ui=False)
+    assert "live page" not in "\n".join(startup_lines(FakeEngine().info, without, "0.0.0.0", 80))

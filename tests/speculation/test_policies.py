@@ -269,6 +269,30 @@ def test_reports_say_who_was_skipped_and_what_was_expected() -> None:
 # --- limits and shapes
 
 
+def test_the_curve_is_the_cost_models_for_the_present_load() -> None:
+    server = served(dear, [0.9, 0.9, 0.9])
+    made = server.budget
+    assert isinstance(made, AutoBudget)
+    before = made.curve(64)
+    assert before is not None
+    assert (before.rows, before.context, before.tokens[0], before.tokens[-1]) == (1, 0, 1, 64)
+    for _ in range(30):
+        server.step()
+    curve = made.curve(300)
+    assert curve is not None
+    assert (curve.rows, curve.context) == (3, 300)
+    assert list(curve.tokens) == sorted(set(curve.tokens))
+    assert (curve.tokens[0], curve.tokens[-1]) == (3, 300)
+    for tokens, ms in zip(curve.tokens, curve.step_ms, strict=True):
+        assert ms == pytest.approx(made.cost.step_ms(tokens, 3, 300))
+    assert curve.draft_ms == made.cost.draft_ms(3, 300)
+    assert curve.slowdown == made.cost.slowdown
+    tight = made.curve(1)  # fewer tokens than the load has rows
+    assert tight is not None
+    assert tight.tokens == (3,)
+    assert KeepAll().curve(64) is None
+
+
 def test_max_draft_tokens_is_respected() -> None:
     server = served(cheap, [0.95] * 2, limit=2)
     server.run(100)
