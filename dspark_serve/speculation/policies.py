@@ -288,6 +288,7 @@ class AutoBudget:
         n_kept = [result.n_kept for result in drafted]
         tokens = load.tokens + sum(n_kept)
         predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy)
+        plain_ms = self._plain(plan)
         step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
         self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy)
         draft_ms = 0.0
@@ -300,7 +301,19 @@ class AutoBudget:
             self.calibrator.learn(step.signals, step.said, np.array(n_kept, dtype=np.int64), n_accepted)
         for allowance in (self._probes, self._full):
             allowance.earn(predicted_ms + draft_ms)  # predicted: a process that was stopped for a minute earned nothing
-        return BudgetReport(predicted_ms, draft_ms, step.skipped, self.calibrator.error)
+        return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
+
+    def _plain(self, plan: Plan) -> tuple[float, float]:
+        """The step without drafts, and, per row, one of its decoding rows alone; milliseconds."""
+        load = self._step.load
+        step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
+        if load.tokens == load.rows:  # they are alone
+            return step_ms, step_ms / load.rows
+        decoding = [row for row in plan.rows if row.length == 1 and row.samples]
+        if not decoding:
+            return step_ms, 0.0
+        rows = len(decoding)
+        return step_ms, self.cost.step_ms(rows, rows, _context(decoding), load.greedy) / rows
 
     def release(self, request_id: str) -> None:
         self._members.clear()
