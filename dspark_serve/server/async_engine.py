@@ -45,7 +45,7 @@ class EngineLike(Protocol):
 
 
 class Observer(Protocol):
-    """Told on the event loop what happens; the metrics are one."""
+    """Told on the event loop what happens; metrics and traces are two."""
 
     def on_loaded(self, info: EngineInfo, stats: EngineStats) -> None: ...
     def on_submit(self, request: Request) -> None: ...
@@ -104,13 +104,13 @@ class TokenStream:
 class AsyncEngine:
     """Owns the engine thread. Every public method is called on the event loop that called `start`."""
 
-    def __init__(self, load: Callable[[], EngineLike], observer: Observer | None = None) -> None:
+    def __init__(self, load: Callable[[], EngineLike], *observers: Observer) -> None:
         self.state: State = "new"
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.failure: BaseException | None = None  # why the state is "dead"
         self._load = load
-        self._observer = observer
+        self._observers = observers
         self._streams: dict[str, TokenStream] = {}
         self._mailbox: deque[Callable[[EngineLike], None]] = deque()
         self._bell = threading.Condition()
@@ -181,8 +181,8 @@ class AsyncEngine:
         ids = [request.request_id for request in requests]
         for request in requests:
             self._streams[request.request_id] = stream
-            if self._observer is not None:
-                self._observer.on_submit(request)
+            for observer in self._observers:
+                observer.on_submit(request)
 
         def add(engine: EngineLike) -> None:
             for index, request in enumerate(requests):
@@ -199,9 +199,9 @@ class AsyncEngine:
             self._forget(ids)
             # Harmless if they never got in; if we were cancelled while waiting for the answer, they did.
             self._post_command(lambda engine: _cancel(engine, ids))
-            if self._observer is not None:
+            for observer in self._observers:
                 for request_id in ids:
-                    self._observer.on_reject(request_id)
+                    observer.on_reject(request_id)
             raise
         return stream
 
@@ -249,9 +249,9 @@ class AsyncEngine:
         request_ids = [request_id for request_id in request_ids if request_id in self._streams]
         self._forget(request_ids)
         self._post_command(lambda engine: _cancel(engine, request_ids))
-        if self._observer is not None:
+        for observer in self._observers:
             for request_id in request_ids:
-                self._observer.on_end(request_id, reason)
+                observer.on_end(request_id, reason)
 
     def _forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -315,15 +315,15 @@ class AsyncEngine:
 
     def _on_loaded(self, info: EngineInfo, stats: EngineStats) -> None:
         self.info, self.stats = info, stats
-        if self._observer is not None:
-            self._observer.on_loaded(info, stats)
+        for observer in self._observers:
+            observer.on_loaded(info, stats)
         if self.state == "loading":
             self._set_state("ready")
 
     def _on_step(self, report: StepReport | None, stats: EngineStats, started_s: float) -> None:
         self.stats = stats
-        if self._observer is not None:
-            self._observer.on_step(report, stats, started_s)
+        for observer in self._observers:
+            observer.on_step(report, stats, started_s)
         ended = False
         for delta in report.deltas if report is not None else ():
             stream = self._streams.get(delta.request_id)
@@ -341,8 +341,8 @@ class AsyncEngine:
         streams = set(self._streams.values())
         for request_id in list(self._streams):
             del self._streams[request_id]
-            if self._observer is not None:
-                self._observer.on_end(request_id, "error")
+            for observer in self._observers:
+                observer.on_end(request_id, "error")
         for stream in streams:
             stream._push(RequestFailed("the engine failed while it worked on this request"))
         self._fail_answers(EngineDead("the engine has failed"))
