@@ -65,8 +65,10 @@ class Gate:
                 raise  # half an answer is out: cutting the connection is the only honest signal left
             await answer.response()(scope, receive, send_with_id)
         finally:
-            # What went well is told by the line of the generation; refusals are what an operator is asked about.
-            say = log.debug if status is not None and status < 400 else log.info
+            # What went well is told by the line of the generation, and probes ask all the time; refusals are what an
+            # operator is asked about.
+            quiet = scope["path"] in OPEN_PATHS or (status is not None and status < 400)
+            say = log.debug if quiet else log.info
             took_s = round(time.monotonic() - began_s, 4)
             say("answered", method=scope["method"], path=scope["path"], status=status, seconds=took_s)
 
