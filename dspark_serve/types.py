@@ -306,7 +306,7 @@ class BudgetReport:
 
     predicted_step_ms: float  # without drafting
     predicted_draft_ms: float
-    plain_step_ms: float  # the step had no draft been made or verified
+    plain_step_ms: float  # the step had no draft been verified
     plain_token_ms: float  # a step of its decoding rows alone, likewise, per row: what a token more would have taken
     skipped: dict[str, int] = field(default_factory=dict)
     calibration_error: float = 0.0  # mean distance of stated probability and frequency of acceptance, of late
@@ -334,14 +334,15 @@ class StepReport:
     def plain_ms(self) -> float | None:
         """Estimated time without speculation for the tokens that came out; None of a budget that does not predict.
 
-        The step without its drafts would have brought a token per row, at the time predicted for it; the others would
-        have taken decode steps at the same load. A step that drafted nothing was plain: then it is what it took.
+        The step would have brought a token per row, in the time it took but for drafting and for what verifying was
+        predicted to add; the other tokens would have taken decode steps at the same load. So what is predicted are
+        differences: a slow moment or a long prompt counts alike on both sides.
         """
         if self.budget is None:
             return None
-        if not any([row.n_draft for row in self.rows]):
-            return sum([ms for phase, ms in self.phase_ms.items() if phase != "propose"])
-        return self.budget.plain_step_ms + (self.num_generated - len(self.rows)) * self.budget.plain_token_ms
+        took_ms = sum([ms for phase, ms in self.phase_ms.items() if phase != "propose"])
+        added_ms = self.budget.predicted_step_ms - self.budget.plain_step_ms
+        return max(0.0, took_ms - added_ms) + (self.num_generated - len(self.rows)) * self.budget.plain_token_ms
 
 
 @dataclass(frozen=True)

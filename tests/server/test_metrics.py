@@ -63,7 +63,7 @@ class Deciding(FakeEngine):
     """Says what a budget expected of each step."""
 
     def step(self):
-        budget = BudgetReport(8.0, 2.0, 7.0, 1.0, {"cost": 1}, 0.25)
+        budget = BudgetReport(8.0, 2.0, 8.0, 1.0, {"cost": 1}, 0.25)
         return replace(super().step(), phase_ms={"forward": 9.0, "propose": 0.5}, budget=budget)
 
 
@@ -83,13 +83,15 @@ async def test_what_the_budget_expected(serve):
 
 
 def test_time_without_speculation_is_that_of_the_same_tokens():
-    """Two rows of one step: three tokens more than without drafts, at the price of a decode step's tokens."""
+    """Two rows of one step: verifying added 10 ms, and three tokens more would have taken 14 ms each."""
     deltas = (TokenDelta("a", (1, 2, 3)), TokenDelta("b", (4, 5)))
     rows = (RowReport(4, 3, 2), RowReport(4, 1, 1))
     report = StepReport(deltas, rows, phase_ms={"forward": 50.0}, budget=BudgetReport(40.0, 5.0, 30.0, 14.0))
-    assert report.plain_ms == 30.0 + 3 * 14.0
+    assert report.plain_ms == 40.0 + 3 * 14.0
+    assert replace(report, phase_ms={"forward": 50.0, "propose": 7.0}).plain_ms == report.plain_ms
+    assert replace(report, phase_ms={"forward": 9.0}).plain_ms == 3 * 14.0  # quicker than drafts alone were to be
     cut = replace(report, deltas=(TokenDelta("a", (1,), "stop"), deltas[1]))  # what follows a stop token is no gain
-    assert cut.plain_ms == 30.0 + 14.0
+    assert cut.plain_ms == 40.0 + 14.0
     assert replace(report, budget=None).plain_ms is None
 
 

@@ -141,13 +141,23 @@ class Watched:
     answers: list  # the bodies of all answers
 
 
-async def generate(address, number):
-    """Answers to so many requests at once, of different length and speculation, after one that hung up."""
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def generate(address, number, door, gate):
+    """Answers to so many requests at once, of different length, after one that hung up.
+
+    The engine is held back until the server (its `door`) knows of the hang-up, and then of all requests.
+    """
     async with httpx.AsyncClient(base_url=f"http://{address}", timeout=300) as client:
         body = {"prompt": "x" * 30, "max_tokens": 400, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_bytes():
+                gate.clear()
                 break
+        await until(lambda: door.num_requests == 0)
 
         async def one(index):
             prompt = "the same beginning of every prompt, and then " + str(index)
@@ -156,7 +166,10 @@ async def generate(address, number):
             assert response.status_code == 200, response.text
             return response.json()
 
-        return await asyncio.gather(*map(one, range(number)))
+        answers = asyncio.gather(*map(one, range(number)))
+        await until(lambda: door.num_requests == number or answers.done())
+        gate.set()
+        return await answers
 
 
 @contextlib.contextmanager
@@ -164,12 +177,13 @@ def watched(directory):
     """A server that has answered, and a Prometheus that saw it before, while and after it did."""
     # Pages for half of what will run at once, so that some requests wait and some are preempted.
     engine = Speculating(pages=30, max_num_seqs=8, delay_s=0.03)
-    with listening(make_app(engine, metrics_compat="vllm")) as address:
+    app = make_app(engine, metrics_compat="vllm")
+    with listening(app) as address:
         eventually(lambda: httpx.get(f"http://{address}/ready").status_code, lambda status: status == 200)
         prometheus = Prometheus(directory, address)
         try:
             eventually(lambda: prometheus.value("dspark:generation_tokens_total"), lambda value: value == 0)
-            answers = asyncio.run(generate(address, 12))
+            answers = asyncio.run(generate(address, 12, app.state.service.engine, engine.gate))
             eventually(lambda: engine.has_work, lambda work: not work)
             plain_s = sum(report.plain_ms for report in engine.reports) / 1e3
             metric = "dspark:step_seconds_without_speculation_total"
