@@ -98,7 +98,7 @@ def test_counters_are_what_the_answers_report(watched):
     generated = sum(usage["completion_tokens"] for usage in usages)
     assert value('dspark:request_success_total{finished_reason="length"}') == len(usages)
     assert value('dspark:request_success_total{finished_reason="abort"}') == 1
-    assert generated <= value("dspark:generation_tokens_total") <= generated + 400
+    assert generated <= value("dspark:generation_tokens_total") <= generated + 200
     assert value("dspark:num_preemptions_total") == watched.engine.stats().num_preemptions > 0
     assert value("dspark:prefix_cache_hits_total") >= sum(u["prompt_tokens_details"]["cached_tokens"] for u in usages)
 

@@ -152,7 +152,7 @@ async def generate(address, number, door, gate):
     The engine is held back until the server (its `door`) knows of the hang-up, and then of all requests.
     """
     async with httpx.AsyncClient(base_url=f"http://{address}", timeout=300) as client:
-        body = {"prompt": "x" * 30, "max_tokens": 400, "stream": True}
+        body = {"prompt": "x" * 30, "max_tokens": 200, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_bytes():
                 gate.clear()
@@ -175,8 +175,8 @@ async def generate(address, number, door, gate):
 @contextlib.contextmanager
 def watched(directory):
     """A server that has answered, and a Prometheus that saw it before, while and after it did."""
-    # Pages for half of what will run at once, so that some requests wait and some are preempted.
-    engine = Speculating(pages=30, max_num_seqs=8, delay_s=0.03)
+    # A third of the pages that eight requests at once grow to: whatever the order, some wait and some are preempted.
+    engine = Speculating(pages=20, max_num_seqs=8, delay_s=0.03)
     app = make_app(engine, metrics_compat="vllm")
     with listening(app) as address:
         eventually(lambda: httpx.get(f"http://{address}/ready").status_code, lambda status: status == 200)
