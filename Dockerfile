@@ -26,7 +26,7 @@ RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt --index-url ht
 COPY pyproject.toml setup.py MANIFEST.in README.md ./
 COPY dspark_serve ./dspark_serve
 COPY kernels ./kernels
-RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt .
+RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt ".[otel]"
 
 FROM gpu-base AS gpu-build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
@@ -37,7 +37,7 @@ RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt --index-url ht
 COPY pyproject.toml setup.py MANIFEST.in README.md ./
 COPY dspark_serve ./dspark_serve
 COPY kernels ./kernels
-RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt ".[gpu]"
+RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt ".[gpu,otel]"
 
 # ---- the images
 FROM cpu-base AS cpu

@@ -119,6 +119,15 @@ class ServerConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe lines to log."
     )
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto: for people on a terminal, one JSON object per line elsewhere."
+    )
+    log_prompts: bool = Field(default=False, description="Log the text of prompts; without it no line holds any.")
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Send OpenTelemetry traces here, as http://localhost:4318/v1/traces; needs the extra [otel].",
+    )
 
 
 class Config(Section):

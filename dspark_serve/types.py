@@ -244,10 +244,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one step, in arrival order, and how many requests had to give up their pages for it."""
+    """The rows of one step, in arrival order; how many requests had to give up their pages for it; who is new in it."""
 
     rows: tuple[Row, ...]
     num_preempted: int = 0
+    admitted: tuple[str, ...] = ()  # ids of the requests that run for the first time
 
     @cached_property
     def drafting(self) -> tuple[Row, ...]:
@@ -299,15 +300,19 @@ class TokenDelta:
     row: RowReport | None = None  # of a step that sampled
 
 
+# "cost": no draft of the batch would earn its time; "acceptance": others would, the row's would not.
+SKIP_REASONS = ("cost", "acceptance")
+PHASES = ("plan", "propose", "build", "forward", "verify", "commit")  # of a step, in order
+
+
 @dataclass(frozen=True)
 class BudgetReport:
-    """What the budget expected of a step, and how many rows it did not let draft, by reason.
-
-    Reasons: "cost", no draft of the batch would earn its time; "acceptance", others would, the row's would not.
-    """
+    """What the budget expected of a step, and how many rows it did not let draft, by reason (see SKIP_REASONS)."""
 
     predicted_step_ms: float  # without drafting
     predicted_draft_ms: float
+    plain_step_ms: float  # the step had no draft been verified
+    plain_token_ms: float  # a step of its decoding rows alone, likewise, per row: what a token more would have taken
     skipped: dict[str, int] = field(default_factory=dict)
     calibration_error: float = 0.0  # mean distance of stated probability and frequency of acceptance, of late
 
@@ -321,8 +326,28 @@ class StepReport:
     num_tokens: int = 0  # tokens through the target, drafts included
     num_prefill_tokens: int = 0
     num_preempted: int = 0
-    phase_ms: dict[str, float] = field(default_factory=dict)  # plan, propose, build, forward, verify, commit
+    admitted: tuple[str, ...] = ()  # ids of the requests that ran for the first time
+    phase_ms: dict[str, float] = field(default_factory=dict)  # by PHASES
     budget: BudgetReport | None = None  # of a budget that predicts
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that came out, what follows a stop token left out."""
+        return sum([len(delta.token_ids) for delta in self.deltas])
+
+    @property
+    def plain_ms(self) -> float | None:
+        """Estimated time without speculation for the tokens that came out; None of a budget that does not predict.
+
+        The step would have brought a token per row, in the time it took but for drafting and for what verifying was
+        predicted to add; the other tokens would have taken decode steps at the same load. So what is predicted are
+        differences: a slow moment or a long prompt counts alike on both sides.
+        """
+        if self.budget is None:
+            return None
+        took_ms = sum([ms for phase, ms in self.phase_ms.items() if phase != "propose"])
+        added_ms = self.budget.predicted_step_ms - self.budget.plain_step_ms
+        return max(0.0, took_ms - added_ms) + (self.num_generated - len(self.rows)) * self.budget.plain_token_ms
 
 
 @dataclass(frozen=True)

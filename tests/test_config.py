@@ -94,7 +94,8 @@ def test_unknown_variables():
 
 
 def test_shipped_configurations_load():
-    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    files = set((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    files = {file for file in files if file.name != "compose.yaml"}  # how a server is started, not how it is configured
     assert files
     for file in files:
         load_config(file=str(file))

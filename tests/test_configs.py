@@ -8,7 +8,7 @@ from dspark_serve.config import Config, ConfigError, load_config
 from dspark_serve.models.catalog import CATALOG
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.iterdir())
+FILES = sorted(file for file in CONFIGS.iterdir() if file.is_file() and file.name != "compose.yaml")
 
 
 def loaded(name: str) -> Config:

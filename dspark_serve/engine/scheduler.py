@@ -130,10 +130,10 @@ class Scheduler:
         """Rows of the next step in arrival order, pages allocated for every token and draft they may hold."""
         rows, preempted = self._plan_running()
         budget = self.max_num_batched_tokens - sum(row.length for row in rows)
-        if not preempted:
-            rows += self._admit(budget)
-        rows.sort(key=lambda row: _order(row.request))
-        return Plan(self._reserve_drafts(rows), preempted)
+        new = [] if preempted else self._admit(budget)
+        rows = sorted([*rows, *new], key=lambda row: _order(row.request))
+        admitted = [row.request.request_id for row in new if not row.request.num_preemptions]
+        return Plan(self._reserve_drafts(rows), preempted, tuple(admitted))
 
     def _plan_running(self) -> tuple[list[Row], int]:
         rows: list[Row] = []
@@ -248,6 +248,7 @@ class Scheduler:
             num_tokens=lengths + sum(report.n_kept for report in reports),
             num_prefill_tokens=lengths - decode,
             num_preempted=plan.num_preempted,
+            admitted=plan.admitted,
         )
 
     def _commit_row(self, row: Row, result: RowResult, report: RowReport | None) -> TokenDelta | None:

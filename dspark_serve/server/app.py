@@ -52,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         try:
             yield
         finally:
-            await service.engine.stop()
+            await service.stop()
 
     app = FastAPI(title="dspark-serve", version=version("dspark-serve"), lifespan=lifespan)
     app.state.service = service

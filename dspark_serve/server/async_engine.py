@@ -47,8 +47,9 @@ class EngineLike(Protocol):
 
 
 class Observer(Protocol):
-    """Told on the event loop what happens; the metrics are one, the live page's counts another."""
+    """Told on the event loop what happens: the metrics, the live page's counts, traces."""
 
+    def on_loaded(self, info: EngineInfo, stats: EngineStats) -> None: ...
     def on_submit(self, request: Request) -> None: ...
     def on_reject(self, request_id: str) -> None: ...
     def on_step(self, report: StepReport | None, stats: EngineStats, started_s: float) -> None: ...
@@ -316,6 +317,8 @@ class AsyncEngine:
 
     def _on_loaded(self, info: EngineInfo, stats: EngineStats) -> None:
         self.info, self.stats = info, stats
+        for observer in self._observers:
+            observer.on_loaded(info, stats)
         if self.state == "loading":
             self._set_state("ready")
 

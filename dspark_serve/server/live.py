@@ -11,7 +11,7 @@ from collections import deque
 from pydantic import BaseModel
 
 from dspark_serve.server.async_engine import State
-from dspark_serve.types import CostCurve, EngineStats, FinishReason, Request, StepReport
+from dspark_serve.types import CostCurve, EngineInfo, EngineStats, FinishReason, Request, StepReport
 
 _STEPS = 512  # kept; who asks once a second misses none of a CPU's
 
@@ -67,6 +67,9 @@ class Live:
         self._num_steps = self._generated = 0
         self._tried: list[int] = []  # by position in the draft
         self._accepted: list[int] = []
+
+    def on_loaded(self, info: EngineInfo, stats: EngineStats) -> None:
+        pass
 
     def on_submit(self, request: Request) -> None:
         pass

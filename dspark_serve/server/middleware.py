@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import re
+import time
 import uuid
 from collections.abc import Set
 
@@ -15,9 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dspark_serve.server.context import HttpRequest, serving
 from dspark_serve.server.errors import ApiError, to_api_error
 
 log = structlog.get_logger(__name__)
+TRACE_HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -41,12 +44,17 @@ class Gate:
         asked = headers.get("x-request-id", "")
         request_id = asked if _SAFE_ID.fullmatch(asked) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        started = False
+        traced = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+        with serving(HttpRequest(request_id, traced)):
+            await self._answer(scope, receive, send, headers, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers, request_id: str) -> None:
+        began_s, status = time.monotonic(), None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -56,10 +64,17 @@ class Gate:
         except Exception as error:
             answer = to_api_error(error, request_id)
             if answer.status >= 500:
-                log.exception("request failed", request_id=request_id, path=scope["path"])
-            if started:
+                log.exception("request failed", path=scope["path"])
+            if status is not None:
                 raise  # half an answer is out: cutting the connection is the only honest signal left
             await answer.response()(scope, receive, send_with_id)
+        finally:
+            # What went well is told by the line of the generation, and probes ask all the time; refusals are what an
+            # operator is asked about.
+            quiet = scope["path"] in OPEN_PATHS or (status is not None and status < 400)
+            say = log.debug if quiet else log.info
+            took_s = round(time.monotonic() - began_s, 4)
+            say("answered", method=scope["method"], path=scope["path"], status=status, seconds=took_s)
 
     def _admit(self, path: str, headers: Headers) -> None:
         if self.api_key is not None and path not in self.open_paths:

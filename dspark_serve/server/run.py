@@ -6,10 +6,8 @@ Must not know: routes, what a request asks for, tensors.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
-import logging
 import os
 import signal
 import socket
@@ -23,8 +21,9 @@ import structlog
 import uvicorn
 from sse_starlette.sse import AppStatus
 
-from dspark_serve.config import Config
+from dspark_serve.config import Config, ConfigError
 from dspark_serve.server.app import create_app
+from dspark_serve.server.logs import configure_logging
 from dspark_serve.server.service import Loaded, Service, load
 from dspark_serve.types import EngineInfo
 
@@ -38,12 +37,15 @@ class StartupError(RuntimeError):
 
 def serve(config: Config, load: Callable[[Config], Loaded] = load) -> int:
     """Serve until a signal ends it; the process's exit code. Raises StartupError with one sentence."""
-    _configure_logging(config.server.log_level)
+    configure_logging(config.server.log_level, config.server.log_format)
     listener = bind(config.server.host, config.server.port)
-    service = Service(config, load)
+    try:
+        service = Service(config, load)
+    except ConfigError as error:
+        raise StartupError(str(error)) from None
     app = create_app(service)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=5, lifespan="on"
+        app, log_config=None, access_log=False, timeout_keep_alive=65, timeout_graceful_shutdown=5, lifespan="on"
     )
     AppStatus.enable_automatic_graceful_drain = False  # streams end when their requests do; the drain below sees to it
     server = DrainingServer(settings, service, config.server.shutdown_timeout)
@@ -89,7 +91,7 @@ class DrainingServer(uvicorn.Server):
 
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
-        chores = [asyncio.create_task(self._announce()), asyncio.create_task(_log_stats(self.service))]
+        chores = [asyncio.create_task(self._announce()), asyncio.create_task(log_stats(self.service))]
         try:
             await super().main_loop()
         finally:
@@ -158,11 +160,11 @@ def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> l
     ]
 
 
-async def _log_stats(service: Service) -> None:
-    """One line every ten seconds while there is work."""
+async def log_stats(service: Service, every_s: float = STATS_EVERY_S) -> None:
+    """One line every ten seconds while there is work; never returns."""
     totals, then_s = replace(service.metrics.totals), time.monotonic()
     while True:
-        await asyncio.sleep(STATS_EVERY_S)
+        await asyncio.sleep(every_s)
         before, totals = totals, replace(service.metrics.totals)
         elapsed_s, then_s = time.monotonic() - then_s, time.monotonic()
         stats = service.engine.stats
@@ -174,10 +176,11 @@ async def _log_stats(service: Service) -> None:
             "serving",
             running=stats.num_running,
             waiting=stats.num_waiting,
-            kv_used=f"{stats.pages_used / max(1, stats.pages_total):.0%}",
+            kv_cache_usage=round(stats.pages_used / max(1, stats.pages_total), 3),
             prompt_tokens_per_s=round((totals.prompt_tokens - before.prompt_tokens) / elapsed_s, 1),
             tokens_per_s=round(generated / elapsed_s, 1),
-            drafts_accepted=f"{(totals.accepted_tokens - before.accepted_tokens) / drafted:.0%}" if drafted else "-",
+            draft_tokens_per_s=round(drafted / elapsed_s, 1),
+            acceptance_rate=round((totals.accepted_tokens - before.accepted_tokens) / drafted, 3) if drafted else None,
         )
 
 
@@ -186,20 +189,3 @@ def _sentence(error: BaseException) -> str:
     # ValueErrors and errors of our own are sentences already; of any other the kind is worth knowing.
     ours = type(error) is ValueError or type(error).__module__.startswith("dspark_serve")
     return text if ours and text else f"loading failed with {type(error).__name__}: {text}"
-
-
-def _configure_logging(level: str) -> None:
-    number = logging.getLevelNamesMapping()[level.upper()]
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            ),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    with contextlib.suppress(ValueError):
-        logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr)

@@ -5,6 +5,7 @@ Must not know: HTTP responses, tensors; how tokens are made.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 import uuid
@@ -12,12 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import structlog
 from anyio import to_thread
 
 from dspark_serve.choice import Choice, Piece, choice_seeds
-from dspark_serve.config import Config
+from dspark_serve.config import Config, ConfigError
 from dspark_serve.server.async_engine import AsyncEngine, EngineLike, RequestFailed, TokenStream
 from dspark_serve.server.errors import ApiError
 from dspark_serve.server.live import Live, LiveStats
@@ -26,6 +28,10 @@ from dspark_serve.server.protocol import ChatBody, GenerationBody, TokenizeBody
 from dspark_serve.text import Tokenizer
 from dspark_serve.types import EngineBusy, EngineInfo, EngineStats, InvalidRequest, Request
 
+if TYPE_CHECKING:
+    from dspark_serve.server.tracing import Traces
+
+log = structlog.get_logger(__name__)
 Loaded = tuple[EngineLike, Tokenizer | None]
 
 
@@ -41,7 +47,10 @@ def load(config: Config) -> Loaded:
 
 
 class Service:
-    """The engine's door, the tokenizer and the metrics of one served model. Lives on the event loop."""
+    """The engine's door, the tokenizer, the metrics and the traces of one served model. Lives on the event loop.
+
+    Raises ConfigError when traces are asked for and cannot be made.
+    """
 
     def __init__(self, config: Config, load: Callable[[Config], Loaded] = load) -> None:
         self.config = config
@@ -49,13 +58,22 @@ class Service:
         self.model_name = config.server.served_model_name or config.model.model
         self.metrics = Metrics(self.model_name, vllm_names=config.server.metrics_compat == "vllm")
         self.live = Live()
-        self.engine = AsyncEngine(lambda: self._load(load), self.metrics, self.live)
+        endpoint = config.server.otlp_traces_endpoint
+        self._traces = None if endpoint is None else _traces(endpoint, self.model_name)
+        traces = () if self._traces is None else (self._traces,)
+        self.engine = AsyncEngine(lambda: self._load(load), self.metrics, self.live, *traces)
         self.created = int(time.time())
         self._seeds = random.Random(config.engine.seed)
 
     def _load(self, load: Callable[[Config], Loaded]) -> EngineLike:
         engine, self.tokenizer = load(self.config)
         return engine
+
+    async def stop(self) -> None:
+        """End every request and the engine; send the last spans."""
+        await self.engine.stop()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     @property
     def info(self) -> EngineInfo:
@@ -165,6 +183,8 @@ class Service:
     async def start(self, body: GenerationBody, prompts: list[list[int]]) -> Answer:
         """Submit a generation; it is running, or queued, when this returns. Always close the answer."""
         requests = self.requests(body, prompts)
+        if self.config.server.log_prompts:
+            log.info("prompts", prompts=[prompt if self.tokenizer is None else self.echo(prompt) for prompt in prompts])
         skip = True if body.skip_special_tokens is None else body.skip_special_tokens
         choices = [Choice(request, self.tokenizer, skip, body.marks_tokens()) for request in requests]
         return Answer(await self.engine.submit(*requests), choices, body.n or 1)
@@ -177,6 +197,7 @@ class Answer:
         self.choices = choices
         self.n = n
         self._stream = stream
+        self._began_s: float | None = time.monotonic()  # None once it is closed
         self._index = {choice.request.request_id: index for index, choice in enumerate(choices)}
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -197,5 +218,29 @@ class Answer:
             pass
 
     def close(self) -> None:
-        """Cancel what still runs; the pages come back before the engine's next step."""
+        """Cancel what still runs; the pages come back before the engine's next step. Says once what came of it."""
         self._stream.close()
+        if self._began_s is None:
+            return
+        seconds, self._began_s = time.monotonic() - self._began_s, None
+        stats = [choice.request.stats for choice in self.choices]
+        log.info(
+            "generated",
+            seconds=round(seconds, 4),
+            prompt_tokens=sum(choice.request.num_prompt for choice in self.choices[:: self.n]),
+            tokens=sum(len(choice.token_ids) for choice in self.choices),
+            finish_reasons=[choice.finish_reason or "abort" for choice in self.choices],
+            drafted=sum(one.num_draft_tokens for one in stats),
+            accepted=sum(one.num_accepted_tokens for one in stats),
+        )
+
+
+def _traces(endpoint: str, model_name: str) -> Traces:
+    try:
+        from dspark_serve.server.tracing import Traces
+    except ModuleNotFoundError as error:
+        message = (
+            f"--otlp-traces-endpoint needs the extra [otel] ({error.name} is missing): pip install 'dspark-serve[otel]'"
+        )
+        raise ConfigError(message) from None
+    return Traces(endpoint, model_name)

@@ -50,7 +50,7 @@ async def _events(answer: Answer, renderer: Renderer, request_id: str) -> AsyncI
         # The status line is long out; an error event is what OpenAI's clients look for.
         failure = to_api_error(error, request_id)
         if failure.status >= 500:
-            log.exception("stream failed", request_id=request_id)
+            log.exception("stream failed")
         yield _event(failure.body.model_dump_json())
     yield _event("[DONE]")
 

@@ -225,6 +225,7 @@ class AutoBudget:
         n_kept = [result.n_kept for result in drafted]
         tokens, draft_keys = load.tokens + sum(n_kept), sum(n_kept) * load.keys_per_draft
         predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy, draft_keys)
+        plain_ms = self._plain(plan)
         step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
         self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy, draft_keys)
         draft_ms = 0.0
@@ -239,7 +240,19 @@ class AutoBudget:
         self._full.earn(spent_ms)
         if self._admission is not None:
             self._admission.learn(spent_ms, step.looked_up, phase_ms.get("propose", 0.0))
-        return BudgetReport(predicted_ms, draft_ms, step.skipped, self.calibrator.error)
+        return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
+
+    def _plain(self, plan: Plan) -> tuple[float, float]:
+        """The step without drafts, and, per row, one of its decoding rows alone; milliseconds."""
+        load = self._step.load
+        step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
+        if load.tokens == load.rows:  # they are alone
+            return step_ms, step_ms / load.rows
+        decoding = [row for row in plan.rows if row.length == 1 and row.samples]
+        if not decoding:
+            return step_ms, 0.0
+        rows = len(decoding)
+        return step_ms, self.cost.step_ms(rows, rows, _context(decoding), load.greedy) / rows
 
     def release(self, request_id: str) -> None:
         self._members.clear()

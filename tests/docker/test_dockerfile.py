@@ -176,8 +176,9 @@ def test_what_is_installed_is_pinned_as_in_development(build: str) -> None:
     assert len(installs) == 2
     assert all("-c constraints.txt" in line for line in installs)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert set(re.findall(r"\.\[(\w+)\]", installs[1])) == ({"gpu"} if build == "gpu-build" else set())
-    assert "gpu" in extras
+    (asked,) = re.findall(r"\.\[([\w,]+)\]", installs[1])
+    assert set(asked.split(",")) == ({"gpu", "otel"} if build == "gpu-build" else {"otel"})
+    assert {"gpu", "otel"} <= set(extras)
 
 
 def test_both_images_say_the_same_but_for_the_device() -> None:

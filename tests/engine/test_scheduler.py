@@ -54,8 +54,8 @@ def judge(row, rng=None):
 
 
 def run(scheduler, rng=None, limit=5000):
-    """Step until nothing is left; token ids and finish reason by request id."""
-    got, reasons = {}, {}
+    """Step until nothing is left; token ids and finish reason by request id. Each is admitted just once."""
+    got, reasons, admitted = {}, {}, set()
     for _ in range(limit):
         if not scheduler.has_work:
             return got, reasons
@@ -71,6 +71,9 @@ def run(scheduler, rng=None, limit=5000):
             got.setdefault(delta.request_id, []).extend(delta.token_ids)
             if delta.finish_reason:
                 reasons[delta.request_id] = delta.finish_reason
+        assert admitted.isdisjoint(report.admitted)
+        admitted.update(report.admitted)
+        assert admitted >= {row.request.request_id for row in plan.rows}
     raise AssertionError("the scheduler makes no progress")
 
 

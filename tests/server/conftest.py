@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 import structlog
+import watched as watched_server
 from fakes import FakeEngine, make_app, settled
 
 
@@ -37,3 +38,12 @@ def serve():
                 await settled(service, engine)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """A real Prometheus, after it has watched a scripted server answer; shared, so only to be asked."""
+    if reason := watched_server.missing():
+        pytest.skip(reason)
+    with watched_server.watched(tmp_path_factory.mktemp("prometheus")) as found:
+        yield found

@@ -17,7 +17,10 @@ def request(name="r", prompt=(1, 2, 3), **params):
 
 class Recorder:
     def __init__(self):
-        self.submitted, self.rejected, self.ended, self.steps = [], [], [], []
+        self.loaded, self.submitted, self.rejected, self.ended, self.steps = [], [], [], [], []
+
+    def on_loaded(self, info, stats):
+        self.loaded.append(info)
 
     def on_submit(self, request):
         self.submitted.append(request.request_id)

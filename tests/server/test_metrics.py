@@ -1,12 +1,17 @@
 """Metrics as Prometheus scrapes them, after traffic on a scripted engine."""
 
+import asyncio
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import FakeEngine, settled
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dspark_serve.types import BudgetReport
+from dspark_serve.server.metrics import Metrics, Tally
+from dspark_serve.types import BudgetReport, RowReport, StepReport, TokenDelta
 
 LABELS = {"model_name": "fake"}
 
@@ -58,16 +63,85 @@ class Deciding(FakeEngine):
     """Says what a budget expected of each step."""
 
     def step(self):
-        return replace(super().step(), budget=BudgetReport(8.0, 2.0, {"cost": 1}, 0.25))
+        budget = BudgetReport(8.0, 2.0, 8.0, 1.0, {"cost": 1}, 0.25)
+        return replace(super().step(), phase_ms={"forward": 9.0, "propose": 0.5}, budget=budget)
 
 
 async def test_what_the_budget_expected(serve):
     async with serve(Deciding()) as client:
         await generate(client, max_tokens=5)
         samples = await scrape(client)
-        assert samples["dspark:step_seconds_predicted",] == pytest.approx(0.01)
+        steps = samples["dspark:step_seconds_predicted_count",]
+        assert steps >= 5
+        assert samples["dspark:step_seconds_predicted_sum",] == pytest.approx(0.01 * steps)
+        assert samples["dspark:step_seconds_sum", ("phase", "forward")] == pytest.approx(0.009 * steps)
+        # Nothing was drafted: what the steps took, but for looking for drafts, is the time without speculation.
+        assert samples["dspark:step_seconds_without_speculation_total",] == pytest.approx(0.009 * steps)
         assert samples["dspark:spec_calibration_error",] == 0.25
-        assert samples["dspark:spec_draft_skipped_total", ("reason", "cost")] >= 5
+        assert samples["dspark:spec_draft_skipped_total", ("reason", "cost")] == steps
+        assert samples["dspark:spec_draft_skipped_total", ("reason", "acceptance")] == 0
+
+
+def test_time_without_speculation_is_that_of_the_same_tokens():
+    """Two rows of one step: verifying added 10 ms, and three tokens more would have taken 14 ms each."""
+    deltas = (TokenDelta("a", (1, 2, 3)), TokenDelta("b", (4, 5)))
+    rows = (RowReport(4, 3, 2), RowReport(4, 1, 1))
+    report = StepReport(deltas, rows, phase_ms={"forward": 50.0}, budget=BudgetReport(40.0, 5.0, 30.0, 14.0))
+    assert report.plain_ms == 40.0 + 3 * 14.0
+    assert replace(report, phase_ms={"forward": 50.0, "propose": 7.0}).plain_ms == report.plain_ms
+    assert replace(report, phase_ms={"forward": 9.0}).plain_ms == 3 * 14.0  # quicker than drafts alone were to be
+    cut = replace(report, deltas=(TokenDelta("a", (1,), "stop"), deltas[1]))  # what follows a stop token is no gain
+    assert cut.plain_ms == 40.0 + 14.0
+    assert replace(report, budget=None).plain_ms is None
+
+
+def test_a_tally_is_the_histogram_of_the_library():
+    bounds, registry, ours = (0.001, 0.01, 0.1), CollectorRegistry(), CollectorRegistry()
+    theirs = Histogram("x", "help", ["model_name"], buckets=bounds, registry=registry).labels("m")
+    tally = Tally("x", "help", "m", bounds)
+    ours.register(tally)
+    for value, count in ((0.0005, 3), (0.01, 2), (0.02, 1), (7.0, 2)):
+        tally.observe(value, count)
+        for _ in range(count):
+            theirs.observe(value)
+    kept = [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+    assert generate_latest(ours).decode().splitlines() == kept
+
+
+async def test_queue_time_ends_with_the_step_that_admits(serve):
+    """A request that waits for another has its wait counted once, and for what it was."""
+    engine = FakeEngine(max_num_seqs=1, delay_s=0.002)
+    async with serve(engine) as client:
+        answers = await asyncio.gather(generate(client, max_tokens=100), generate(client, max_tokens=2))
+        assert [answer.status_code for answer in answers] == [200, 200]
+        samples = await scrape(client)
+        assert samples["dspark:request_queue_time_seconds_count",] == 2
+        assert samples["dspark:request_queue_time_seconds_sum",] > 0.2  # 100 steps
+        assert samples["dspark:request_queue_time_seconds_bucket", ("le", "0.1")] == 1
+
+
+async def test_series_are_there_before_anything_happens(serve):
+    """A rate or an increase sees only what happened after the first scrape of a series."""
+    async with serve(FakeEngine(burst=4)) as client:
+        samples = await scrape(client)
+        for position in "012":
+            assert samples["dspark:spec_decode_num_accepted_tokens_per_pos_total", ("position", position)] == 0
+        for reason in ("stop", "length", "abort", "error"):
+            assert samples["dspark:request_success_total", ("finished_reason", reason)] == 0
+        assert samples["dspark:step_seconds_count", ("phase", "commit")] == 0
+
+
+def test_the_documentation_lists_what_is_exported():
+    """Each metric once, with its type; and vLLM's names for those that it has too, and no others."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    listed = re.findall(r"^\| `(dspark:\w+?)(?:\{[\w, ]+\})?` \| (\w+) \| (vllm|) *\|", text, re.MULTILINE)
+    exported = {True: set(), False: set()}
+    for family in Metrics("m", vllm_names=True).registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        if name.startswith(("dspark:", "vllm:")):
+            exported[name.startswith("vllm:")].add((name.partition(":")[2], family.type))
+    assert sorted((name.partition(":")[2], kind) for name, kind, _ in listed) == sorted(exported[False])
+    assert {(name.partition(":")[2], kind) for name, kind, also in listed if also} == exported[True]
 
 
 async def test_vllm_names(serve):

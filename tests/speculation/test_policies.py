@@ -337,6 +337,21 @@ def test_prompt_chunks_count_as_tokens_and_leave_drafts_alone() -> None:
     report = made.learn(plan, proposal, results, {"forward": cheap(201 + kept[0]), "propose": drafting(1)})
     assert report is not None
     assert report.predicted_step_ms == pytest.approx(cheap(201 + kept[0]), rel=0.05)
+    # Without speculation the chunk would have been in the step all the same, but not in the steps of further tokens.
+    assert report.plain_step_ms == pytest.approx(cheap(201), rel=0.05)
+    assert report.plain_token_ms == pytest.approx(cheap(1), rel=0.05)
+
+
+def test_without_speculation_a_token_takes_its_share_of_a_step_of_all_rows() -> None:
+    server = served(dear, [0.7] * 8)
+    plan = server.budget.admit(Plan(tuple(Row(request, 99, 1, True, WIDTH) for request in server.requests)))
+    confidence = torch.full((8, WIDTH), 0.7)
+    proposal = Proposal(torch.zeros((8, WIDTH), dtype=torch.int64), (WIDTH,) * 8, confidence=confidence)
+    results = [RowResult((0, 0), n_kept=kept) for kept in server.budget.choose(plan, proposal)]
+    report = server.budget.learn(plan, proposal, results, {"forward": 1.0, "propose": 1.0})
+    assert report is not None
+    assert report.plain_step_ms == pytest.approx(dear(8), rel=1e-6)  # before this step's time is learned from
+    assert report.plain_token_ms == pytest.approx(dear(8) / 8, rel=1e-6)
 
 
 def test_the_objective_per_user_needs_coupled_verification() -> None:
