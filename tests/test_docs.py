@@ -18,7 +18,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "benchmarks/README.md",
     *(ROOT / "docs").glob("*.md"),
-    *(ROOT / "configs").iterdir(),
+    *(ROOT / "configs").glob("*.yaml"),
 ]
 _PROGRAM = re.compile(r"dspark-serve(:[a-z]+)?")  # the command, or an image whose entry point it is
 _ENDS = {"|", "&&", ";", "&", ">"}

@@ -128,7 +128,7 @@ class Refusing(FakeEngine):
         report = super().step()
         rows = tuple(replace(row, n_accepted=min(row.n_accepted, 1)) for row in report.rows)
         times = {"propose": 3.0, "forward": 5.0, "verify": 1.0}
-        return replace(report, rows=rows, phase_ms=times, budget=BudgetReport(4.5, 2.0))
+        return replace(report, rows=rows, phase_ms=times, budget=BudgetReport(4.5, 2.0, 4.0, 2.0))
 
     def cost_curve(self):
         return CostCurve(2, 80, (2, 4, 8), (5.0, 6.0, 8.5), 2.5, 1.1)
