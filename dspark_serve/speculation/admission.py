@@ -105,10 +105,8 @@ class Admission:
 
     def __init__(self, cost: CostModel, costly: str, lookup: bool) -> None:
         self._cost, self._costly, self._lookup = cost, costly, lookup
-        self._drafted, self._found = (
-            Recent(),
-            Recent(),
-        )  # survival of drafts, and of lookups: of none where none was found
+        self._drafted = Recent()
+        self._found = Recent()  # the same of lookups, with those that found nothing
         self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_PROBE_SHARE)
         self._lookup_ms = _LOOKUP_MS
         self._held: tuple[Members, Load, Admitted] | None = None
