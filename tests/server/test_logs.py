@@ -140,7 +140,8 @@ async def test_a_line_of_figures_while_busy_and_none_while_idle(serve):
         with structlog.testing.capture_logs() as lines:
             chore = asyncio.create_task(log_stats(client.service, every_s=0.01))
             await asyncio.sleep(0.1)
-            assert lines == []
+            # Another server of this process may be asked for its metrics meanwhile.
+            assert [line for line in lines if line["event"] == "serving"] == []
             answer = await client.post("/v1/completions", json={"prompt": "x" * 40, "max_tokens": 90})
             assert answer.status_code == 200
             while not any(line["event"] == "serving" and line["tokens_per_s"] for line in lines):
