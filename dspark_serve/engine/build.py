@@ -159,6 +159,8 @@ def _tested(
     # Nobody asks this engine whether its arithmetic is row-invariant, and finding out takes a while.
     engine = _assemble(_verify_all(config), path, model, plan, max_model_len, num_pages, row_invariant=False)
     result = run_self_test(engine, head_dir)
+    if config.speculation.num_speculative_tokens is not None:
+        result = replace(result, expected=None)  # what is stored holds for whole blocks
     insisted = config.speculation.budget.startswith("fixed:")
     warnings = result.warnings(config.speculation.head, insisted)
     for sentence in warnings:
@@ -169,9 +171,7 @@ def _tested(
 
 
 def _verify_all(config: Config) -> Config:
-    """Where the budget is to decide, every draft instead: the self-test asks what the head can do."""
-    if config.speculation.budget != "auto":
-        return config
+    """Every draft, whatever the budget: the self-test asks what the head can do."""
     return config.model_copy(update={"speculation": config.speculation.model_copy(update={"budget": "full"})})
 
 

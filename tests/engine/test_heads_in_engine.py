@@ -275,6 +275,14 @@ class TestSelfTest:
             else:
                 assert words in engine.info.warnings[0]
 
+    @pytest.mark.parametrize("limit", [{"budget": "fixed:1"}, {"num_speculative_tokens": 1}])
+    def test_a_limit_on_drafts_is_no_fault_of_the_head(self, changed, limit):
+        """Whole blocks keep this promise; their first draft alone would not."""
+        path = changed()
+        (path / "dspark.json").write_text(json.dumps({"expected_accepted_length": {"greedy": 1.8}}))
+        engine = build_engine(load_config({"model": TARGET, "head": str(path), "kv_cache_gib": 0.01, **limit}))
+        assert engine.info.warnings == ()
+
     def test_a_worthless_head_is_not_used_unless_insisted_on(self, changed):
         generator = torch.Generator().manual_seed(0)
         noise = {"fc.weight": torch.randn(64, 128, generator=generator)}
