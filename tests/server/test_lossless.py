@@ -35,7 +35,7 @@ def test_equal_distributions_rarely_fail():
 
 
 async def test_a_right_server_is_lossless(tiny):
-    async with Running(tiny, budget="full") as client:
+    async with Running(tiny) as client:
         report = await check("http://test", client=client, max_tokens=32, draws=60)
     assert report.lossless
     assert not report.differing
