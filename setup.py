@@ -9,7 +9,8 @@ import platform
 from setuptools import Extension, setup
 
 _SOURCES = [
-    f"kernels/dspark_kernels/cpu/{name}.cpp" for name in ("pack", "gemm", "attention", "decoder", "draw", "head")
+    f"kernels/dspark_kernels/cpu/{name}.cpp"
+    for name in ("pack", "gemm", "attention", "decoder", "draw", "head", "threads")
 ]
 _HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights", "product", "attention", "draw")]
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]

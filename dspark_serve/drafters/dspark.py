@@ -27,7 +27,8 @@ from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 Ints = npt.NDArray[np.int64]
 
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
-_IDLE = 8  # steps without a draft after which context is written for those that come to draft only
+_MOSTLY = 0.5  # share of rows that have drafted of late from which context is written at once: they will again
+_SHARE_GAIN = 0.125  # of that share, per step
 
 
 class DSparkHead(Head):
@@ -121,7 +122,8 @@ class DSparkDrafter:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
         self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
-        self._idle = 0  # steps since the last draft
+        self._drafting = 0  # rows that draft in this step
+        self._share = 1.0  # of the rows, of late
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     @torch.inference_mode()
@@ -184,15 +186,16 @@ class DSparkDrafter:
         kept = self._kept_taps()
         kept.index_copy_(0, slots, taps.to(kept.dtype))
         self._owed[slots.numpy()] = True
-        self._idle += 1
-        if len(slots) >= _ENOUGH and self._idle <= _IDLE:
+        self._share += _SHARE_GAIN * (self._drafting / len(batch.query_lens) - self._share)
+        self._drafting = 0
+        if len(slots) >= _ENOUGH and self._share >= _MOSTLY:
             self._write(slots.numpy(), positions.numpy())
 
     def _write_owed(self, rows: Sequence[Row]) -> None:
         """Context of these rows, as far as it is not there."""
         if not self._head.keeps_taps:
             return
-        self._idle, size = 0, self._store.page_size
+        self._drafting, size = len(rows), self._store.page_size
         slots, positions = [], []
         for row in rows:
             pages = np.array(row.request.pages[: -(-row.start // size)], dtype=np.int64)

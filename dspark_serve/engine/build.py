@@ -22,6 +22,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import Rig, machine_profile
 from dspark_serve.engine.remembered import file_states, machine, passed, remember
@@ -140,7 +141,8 @@ def _assemble(
     info = _engine_info(config, path, model, store, scheduler, plan)
     info = replace(info, row_invariant=row_invariant, warnings=warnings)
     runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
-    budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
+    with Cores(model.device):  # what is measured here holds for steps
+        budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
     return Engine(info, scheduler, drafter, budget, batcher, runner)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dspark_serve.drafters.base import Drafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.sampling import logprob_table
@@ -29,6 +30,7 @@ class Engine:
     def __init__(
         self, info: EngineInfo, scheduler: Scheduler, drafter: Drafter, budget: Budget, batcher: Batcher, runner: Runner
     ) -> None:
+        self._cores = Cores(batcher.device)
         self.info = info
         self.scheduler = scheduler
         self.drafter = drafter
@@ -39,6 +41,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepReport:
         """Advance every planned row by one chunk or by one token plus its accepted drafts."""
+        with self._cores:
+            return self._step()
+
+    def _step(self) -> StepReport:
         clock = _Clock()
         plan = self.budget.admit(self.scheduler.plan())
         if not plan.rows:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,9 @@ from dspark_serve.tensors import Proposal
 from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
 
 SECONDS = 7.0  # for the sweep
-_PASSES = 3  # timed ones
+_PASSES = 3  # timed ones, over all shapes
+_MORE_PASSES = 6  # after them, over those that were never measured while the machine was calm
+_CALM = 1.25  # times as long as ever the smallest step may take just before and after a measurement that counts
 _CONTEXT, _LONG = 128, 640  # tokens before a row's anchor
 _DENSE = 512  # tokens of prompts from which every doubling is measured: beyond the last, times are extrapolated
 _STRIDE = 61
@@ -158,30 +160,34 @@ def _prompts(scheduler: Scheduler, width: int) -> list[Shape]:
 def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], float] = time.perf_counter) -> Profile:
     """Measure as many shapes as `seconds` allow, each a few times over the whole of them, so that a slow moment hits
     many points once and not one point always. Pages come from the pool and go back; their K/V is of no use to anyone.
+
+    Other processes take the machine away for moments that are longer than many steps. So the smallest step is timed
+    between all others: what was measured while it took longer than at its best does not count.
     """
     wanted, began = shapes(rig), clock()
     if not wanted:
         raise ValueError("the K/V pool holds less than a block of drafts; raise kv_cache_gib")
-    times: dict[Shape, list[_Times]] = {}
+    found: dict[Shape, list[_Measured]] = {}
     took: dict[Shape, float] = {}  # seconds, setting up included
     per_token = 0.0
+    pace_ms = _smallest_ms(rig, clock)
     with tqdm(total=seconds, desc="measuring", unit="s", disable=None, leave=False, bar_format="{l_bar}{bar}|") as bar:
-        for turn in range(_PASSES + 1):
-            for shape in wanted if turn == 0 else list(times):
+        for turn in range(1 + _PASSES + _MORE_PASSES):
+            for shape in wanted if turn == 0 else list(found) if turn <= _PASSES else _disturbed(found):
                 spent = clock() - began
                 # Not measured yet: as long as the one before it, which has no more tokens, token for token.
                 expected = took.get(shape, per_token * shape.tokens)
                 # The first pass, which warms up, leaves room for another.
                 late = spent + expected > seconds or (turn == 0 and spent > seconds * 0.6)
-                if late and len(times) > 1:
+                if late and len(found) > 1:
                     break  # the shapes after it take longer still
-                measured = _measure(rig, shape, costly, clock)
-                times.setdefault(shape, []).append(measured)
+                before_ms, times = pace_ms, _measure(rig, shape, costly, clock)
+                pace_ms = _smallest_ms(rig, clock)
+                found.setdefault(shape, []).append(_Measured(times, max(before_ms, pace_ms)))
                 took[shape] = clock() - began - spent
                 per_token = took[shape] / shape.tokens
                 bar.update(min(spent + took[shape], seconds) - bar.n)
-    # The least of each: whatever disturbs a measurement makes it longer.
-    least = {shape: _Times(*(min(part) for part in zip(*found, strict=True))) for shape, found in times.items()}
+    least = _least(found)
 
     def steps(which: str) -> tuple[Point, ...]:
         return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in least.items())
@@ -199,6 +205,45 @@ class _Times(NamedTuple):
     greedy_draft: float
     step: float
     greedy_step: float
+
+
+class _Measured(NamedTuple):
+    times: _Times
+    pace_ms: float  # the smallest step just before or after, whichever took longer
+
+
+def _best_pace(found: Mapping[Shape, Sequence[_Measured]]) -> float:
+    return min(measured.pace_ms for several in found.values() for measured in several)
+
+
+def _disturbed(found: Mapping[Shape, Sequence[_Measured]]) -> list[Shape]:
+    """Shapes that have never been measured in a calm moment."""
+    most = _CALM * _best_pace(found)
+    return [shape for shape, several in found.items() if all(measured.pace_ms > most for measured in several)]
+
+
+def _least(found: Mapping[Shape, Sequence[_Measured]]) -> dict[Shape, _Times]:
+    """The least of a shape's calm times, or of all where none was calm: whatever disturbs a measurement makes it
+    longer."""
+    most, disturbed = _CALM * _best_pace(found), set(_disturbed(found))
+    least = {}
+    for shape, several in found.items():
+        times = [each for each, pace_ms in several if pace_ms <= most or shape in disturbed]
+        least[shape] = _Times(*(min(part) for part in zip(*times, strict=True)))
+    return least
+
+
+@torch.inference_mode()
+def _smallest_ms(rig: Rig, clock: Callable[[], float]) -> float:
+    """One token of one row through the target."""
+    rows = _rows(rig, Shape(1, 0, 0))
+    try:
+        batch = rig.batcher.build(Plan(tuple(rows)), Proposal.empty(1))
+        start = _now(rig, clock)
+        rig.runner.run(batch)
+        return (_now(rig, clock) - start) * 1e3
+    finally:
+        rig.scheduler.pool.release(rows[0].request.pages)
 
 
 @torch.inference_mode()

@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that does
+# What drafts must promise over doing without. Of promises smaller than this, which come from the few places where the
+# costs happen to be underestimated, as many were seen to be lost as kept; and a draft is work in places with no curve.
+HURDLE = 0.05
 
 _PROBE_SHARE = 0.005  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
@@ -112,12 +115,10 @@ class Admission:
         self._held: tuple[Members, Load, Admitted] | None = None
         self._until = 0  # the step at which what is held has to be decided anew
 
-    def decide(
-        self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int, margin: float
-    ) -> Admitted:
+    def decide(self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int) -> Admitted:
         """rows: those that may draft; members, context: theirs. load: the whole plan's. step: how many there have been.
 
-        Rows of which too little is known draft. Skipping a pass needs a gain above `margin`.
+        Rows of which too little is known draft.
         """
         if self._held is not None and step < self._until:
             of, then, admitted = self._held
@@ -127,7 +128,7 @@ class Admission:
         times = load.times(self._cost, int(limits.sum()))
         passes = self._cost.draft_curve(len(rows), context, load.greedy)
         kept, gain, unknown = self._drafted.expected(members, limits)
-        costly = rows_worth_drafting(kept, gain, load.decoding, passes, times, margin)
+        costly = rows_worth_drafting(kept, gain, load.decoding, passes, times, HURDLE)
         if unknown is not None:
             costly |= unknown
         lookup = np.zeros_like(costly)
@@ -143,8 +144,7 @@ class Admission:
         if unknown is not None and unknown.any():
             return True
         looks = self._lookup_ms * np.arange(len(limits) + 1.0)
-        # No margin: it would favour looking up, and here doing nothing is known to cost nothing.
-        return bool(rows_worth_drafting(kept, gain, load.decoding, looks, times).any())
+        return bool(rows_worth_drafting(kept, gain, load.decoding, looks, times, HURDLE).any())
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, times: Floats, admitted: Admitted
@@ -181,9 +181,13 @@ class Admission:
         whole = replace(signals, kinds=(LOOKUP,) * rows, n_draft=np.full(rows, width))
         self._found.remember(whole, LOOKUP, survival, step)
 
-    def learn(self, spent_ms: float, looked_up: int, propose_ms: float) -> None:
-        """After a step expected to take `spent_ms`, in which so many rows did nothing but look up."""
+    def learn(self, spent_ms: float, looked_up: int, propose_ms: float, over_ms: float) -> None:
+        """After a step expected to take `spent_ms`, in which so many rows did nothing but look up.
+
+        over_ms: what a probe took beyond its price: a row that has not drafted for long has its context written first.
+        """
         self._probes.earn(spent_ms)
+        self._probes.saved_ms -= over_ms
         self._glances.earn(spent_ms)
         if looked_up:
             self._lookup_ms += _LOOKUP_GAIN * (propose_ms / looked_up - self._lookup_ms)

@@ -20,16 +20,21 @@ _SIEVES = 4
 _END = np.ones(1, dtype=np.bool_)
 
 
-def best_of_curve(survival: Floats, base: float, draft_ms: float, step_ms: Floats, margin: float = 0.0) -> Ints:
+def best_of_curve(
+    survival: Floats, base: float, draft_ms: float, step_ms: Floats, margin: float = 0.0, hurdle: float = 0.0
+) -> Ints:
     """Drafts to keep per row [rows] so that expected tokens per second are highest. Looks at every confidence.
 
     survival [rows, width]: probability that a draft and all before it are accepted, falling along a row; 0 where a row
     has no draft. base: tokens that come out without drafts. step_ms [at least drafts + 1]: the step's time with 0, 1,
-    ... drafts in all. Trims only where that gains more than `margin` over keeping everything.
+    ... drafts in all. Keeps none unless that gains more than `hurdle` over keeping none, and trims only where that
+    gains more than `margin` over keeping everything.
     """
     gains = _highest_first(survival)
     rates = _rates(gains, base, draft_ms, step_ms)
     best = int(rates.argmax())  # of equal ones the fewest drafts
+    if rates[best] <= rates[0] * (1 + hurdle):
+        return np.zeros(len(survival), dtype=np.int64)
     if rates[best] <= rates[-1] * (1 + margin):
         best = len(gains)
     return _first(best, survival, gains)
@@ -172,13 +177,13 @@ class Drafted:
 
 
 def rows_worth_drafting(
-    kept: Floats, gain: Floats, base: float, draft_ms: Floats, step_ms: Floats, margin: float = 0.0
+    kept: Floats, gain: Floats, base: float, draft_ms: Floats, step_ms: Floats, hurdle: float = 0.0
 ) -> npt.NDArray[np.bool_]:
     """Which rows earn a draft [rows], decided before it is made.
 
     kept, gain [rows, levels]: drafts a row would keep and have accepted if everything above a level of survival were
     kept. draft_ms [rows + 1]: the time to draft for 0, 1, ... rows. step_ms as above. The rows with the most to gain
-    come first; nobody drafts only where that gains more than `margin`.
+    come first; nobody drafts unless that gains more than `hurdle`.
     """
     rows, levels = gain.shape
     order = (-gain[:, 0]).argsort(kind="stable")
@@ -189,7 +194,7 @@ def rows_worth_drafting(
     best = rates.max(0)  # [rows + 1]
     some = 1 + int(best[1:].argmax()) if rows else 0
     chosen = np.zeros(rows, dtype=np.bool_)
-    if best[some] * (1 + margin) >= best[0]:
+    if best[some] > best[0] * (1 + hurdle):
         chosen[order[:some]] = True
     return chosen
 

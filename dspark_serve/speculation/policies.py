@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dspark_serve.speculation.admission import Admission, Allowance, Load
+from dspark_serve.speculation.admission import HURDLE, Admission, Allowance, Load
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
@@ -142,7 +142,7 @@ class AutoBudget:
         self._step = step = _Step(Load.of(plan, members, context))
         if not drafting or self._admission is None:
             return plan
-        admitted = self._admission.decide(drafting, members, step.load, context, self._steps, self.margin)
+        admitted = self._admission.decide(drafting, members, step.load, context, self._steps)
         step.probed = admitted.probed
         if admitted.costly.all():
             return plan
@@ -177,7 +177,7 @@ class AutoBudget:
         load, draft_ms = step.load, self._draft_ms(drafting, signals)
         times = load.times(self.cost, total)
         if self.calibrator.mode == "coupled":
-            kept = best_of_curve(survival, load.decoding, draft_ms, times, self.margin)
+            kept = best_of_curve(survival, load.decoding, draft_ms, times, self.margin, HURDLE)
             if self._per_user:
                 kept = lift_slow_rows(kept, survival, draft_ms, times, self._per_user)
         else:
@@ -239,7 +239,9 @@ class AutoBudget:
         spent_ms = predicted_ms + draft_ms  # predicted: a process that was stopped for a minute earned nothing
         self._full.earn(spent_ms)
         if self._admission is not None:
-            self._admission.learn(spent_ms, step.looked_up, phase_ms.get("propose", 0.0))
+            propose_ms = phase_ms.get("propose", 0.0)
+            over_ms = 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0)
+            self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms)
         return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
 
     def _plain(self, plan: Plan) -> tuple[float, float]:

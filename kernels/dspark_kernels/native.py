@@ -10,6 +10,7 @@ import copy
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -141,12 +142,19 @@ class Kernels:
         library.dspark_packed_size.restype = c_int64
         library.dspark_pack.argtypes = (c_void_p, c_void_p)
         library.dspark_products.argtypes = (c_void_p, c_int64, c_int64)
+        library.dspark_bind.argtypes = (c_void_p, c_int64)
+        library.dspark_bind.restype = c_int64
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
         for name in ("pack", "products", "attention", "decoder", "argmax", "draw", "context", "block"):
             getattr(library, f"dspark_{name}").restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
         self.lanes: int = library.dspark_lanes()
+
+    def bind(self, cores: Sequence[int]) -> bool:
+        """Keep the calling thread, and the others that compute with it, to one of these cores each; whether all are."""
+        bound: int = self.library.dspark_bind((c_int64 * len(cores))(*cores), len(cores))
+        return bound == len(cores)
 
     def product(
         self,

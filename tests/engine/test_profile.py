@@ -116,6 +116,36 @@ def test_a_long_prompt_that_does_not_fit_the_time_is_left_out(monkeypatch):
     assert clock.now <= 3.0
 
 
+def test_what_is_measured_in_a_disturbed_moment_does_not_count(monkeypatch):
+    """For some moments all steps take five times as long: shapes that were measured then are measured again."""
+    parts, clock = rig(pages=400)[0], Ticks(0.0)
+    slow = {4, 5, 6, 7, 20, 21, 50, 51, 52, 53, 54, 55}  # of the smallest steps in between
+    paced, measured = [], []
+
+    def smallest(rig, clock):
+        paced.append(5.0 if len(paced) in slow else 1.0 + 0.1 * (len(paced) % 2))
+        return paced[-1]
+
+    def measure(rig, shape, costly, clock):
+        ms = 5.0 * shape.tokens if {len(paced) - 1, len(paced)} & slow else 1.0 * shape.tokens
+        measured.append(shape)
+        return profile._Times(0.0, 0.0, ms, ms)
+
+    monkeypatch.setattr(profile, "_smallest_ms", smallest)
+    monkeypatch.setattr(profile, "_measure", measure)
+    # One pass, in which some shapes meet such a moment, and another for those.
+    monkeypatch.setattr(profile, "_PASSES", 0)
+    found = sweep(parts, None, 100.0, clock)
+    assert all(point.ms == point.count for point in found.steps)
+    count = len(shapes(parts))
+    assert len(measured) > count
+    assert sum(n == 1 for n in [measured.count(shape) for shape in set(measured)]) > count / 3
+    monkeypatch.setattr(profile, "_MORE_PASSES", 0)
+    paced.clear()
+    once = sweep(parts, None, 100.0, clock)  # a shape that was never measured otherwise keeps what it has
+    assert {point.ms / point.count for point in once.steps} == {1.0, 5.0}
+
+
 def test_a_profile_is_measured_once_for_what_it_holds_for(own_cache, monkeypatch):
     assert isinstance(build_engine(load_config(OPTIONS)).budget, AutoBudget)
     assert len(list(own_cache.iterdir())) == 1
