@@ -33,7 +33,7 @@ from dspark_serve.types import Request, SamplingParams, StepReport
 MODEL = "smollm2-135m-instruct"
 SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, FULL, AUTO = "none", "full", "budget"
-_TURN_S = 0.25
+_TURN_S = 0.04
 _numbers = itertools.count()  # of requests
 _LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
 _FEWEST = 6  # requests
