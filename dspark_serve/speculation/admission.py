@@ -40,7 +40,6 @@ class Load:
     tokens: int
     rows: int
     context: int
-    decoding: int  # rows of one token from which one comes out
     greedy: bool  # all rows that sample
     keys_per_draft: float = 0.0  # that a draft sees, in the mean
 
@@ -49,25 +48,23 @@ class Load:
         """members, context: of the rows that draft, which hold a token each."""
         rows, count = len(plan.rows), len(members.requests)
         if rows == count:
-            return Load(rows, rows, context, rows, members.greedy, context / max(count, 1))
+            return Load(rows, rows, context, members.greedy, context / max(count, 1))
         rest = [row for row in plan.rows if row.max_drafts <= 0]
-        decoding = count + sum([row.samples and row.length == 1 for row in rest])
         tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
         greedy = members.greedy and all([row.request.params.greedy for row in rest if row.samples])
         keys_per_draft = context / max(count, 1)
-        return Load(count + tokens, rows, context + tokens + starts, decoding, greedy, keys_per_draft)
+        return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
 
     def times(self, cost: CostModel, drafts: int) -> Floats:
-        """What the step takes with 0, 1, ... drafts [drafts + 1], in milliseconds, less what prompts take of it.
+        """What the step takes with 0, 1, ... drafts [drafts + 1], in milliseconds, as if every row held one token.
 
-        A prompt has to be read whatever is drafted. Left in, it would make the step so long that every draft seems to
-        come for nothing, though it costs what it costs in any other step.
+        A prompt has to be read whatever is drafted. Its time left in, and without the tokens that its row is about to
+        give, every draft would seem to come for nothing, though it costs what it costs in any other step.
         """
         last = self.tokens + drafts
         times = cost.step_curve(self.tokens, last, self.rows, self.context, self.greedy, self.keys_per_draft)
-        if self.decoding < self.tokens and self.decoding:
-            # As if every row held one token: a step that the cost model has seen many of.
-            alone_ms = cost.step_ms(self.rows, self.rows, self.context, self.greedy)
+        if self.rows < self.tokens:
+            alone_ms = cost.step_ms(self.rows, self.rows, self.context, self.greedy)  # has been seen often
             times += min(alone_ms - float(times[0]), 0.0)
         return times
 
@@ -128,7 +125,7 @@ class Admission:
         times = load.times(self._cost, int(limits.sum()))
         passes = self._cost.draft_curve(len(rows), context, load.greedy)
         kept, gain, unknown = self._drafted.expected(members, limits)
-        costly = rows_worth_drafting(kept, gain, load.decoding, passes, times, HURDLE)
+        costly = rows_worth_drafting(kept, gain, load.rows, passes, times, HURDLE)
         if unknown is not None:
             costly |= unknown
         lookup = np.zeros_like(costly)
@@ -144,7 +141,7 @@ class Admission:
         if unknown is not None and unknown.any():
             return True
         looks = self._lookup_ms * np.arange(len(limits) + 1.0)
-        return bool(rows_worth_drafting(kept, gain, load.decoding, looks, times, HURDLE).any())
+        return bool(rows_worth_drafting(kept, gain, load.rows, looks, times, HURDLE).any())
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, times: Floats, admitted: Admitted
@@ -164,12 +161,17 @@ class Admission:
             costly[index], lookup[index] = True, False
         return Admitted(costly, lookup, probed)
 
-    def remember(self, signals: DraftSignals, survival: Floats, step: int, probed: bool) -> None:
-        """What the drafts of a step promised; survival [rows, width]."""
+    def remember(
+        self, signals: DraftSignals, survival: Floats, kept: npt.NDArray[np.int64], step: int, probed: bool
+    ) -> None:
+        """What the drafts of a step promised, survival [rows, width], and how many were kept of each row [rows]."""
         self._drafted.remember(signals, self._costly, survival, step, _PROBE_WEIGHT if probed else 1)
         if self._lookup:
-            found = np.array([kind == LOOKUP for kind in signals.kinds])
-            self._remember_found(signals, survival * found[:, None], step)
+            # What was found and not kept is worth nothing at this load. Another load is noticed soon enough: a glance
+            # costs so little that there are many. Not so probes; so what the other drafter promises counts at any load.
+            found = np.array([kind == LOOKUP for kind in signals.kinds])[:, None]
+            used = np.arange(survival.shape[1]) < kept[:, None]
+            self._remember_found(signals, survival * (found & used), step)
 
     def remember_nothing_found(self, signals: DraftSignals, width: int, step: int) -> None:
         """Rows that were to look up found nothing, none of them."""

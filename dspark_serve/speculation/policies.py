@@ -126,7 +126,7 @@ class AutoBudget:
         self._admission = None if costly is None else Admission(cost, costly, lookup)
         self._members: dict[tuple[Request, ...], Members] = {}
         self._steps = 0
-        self._step = _Step(Load(0, 0, 0, 0, True))
+        self._step = _Step(Load(0, 0, 0, True))
 
     @property
     def margin(self) -> float:
@@ -177,13 +177,13 @@ class AutoBudget:
         load, draft_ms = step.load, self._draft_ms(drafting, signals)
         times = load.times(self.cost, total)
         if self.calibrator.mode == "coupled":
-            kept = best_of_curve(survival, load.decoding, draft_ms, times, self.margin, HURDLE)
+            kept = best_of_curve(survival, load.rows, draft_ms, times, self.margin, HURDLE)
             if self._per_user:
                 kept = lift_slow_rows(kept, survival, draft_ms, times, self._per_user)
         else:
-            kept = early_stop(survival, load.decoding, draft_ms, times)
+            kept = early_stop(survival, load.rows, draft_ms, times)
         if self._admission is not None:
-            self._admission.remember(signals, survival, self._steps, step.probed is not None)
+            self._admission.remember(signals, survival, kept, self._steps, step.probed is not None)
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.
         whole = self._steps % len(n_draft)
         if kept[whole] < n_draft[whole] and self._full.spend(float(times[n_draft[whole]] - times[0])):
@@ -225,7 +225,7 @@ class AutoBudget:
         n_kept = [result.n_kept for result in drafted]
         tokens, draft_keys = load.tokens + sum(n_kept), sum(n_kept) * load.keys_per_draft
         predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy, draft_keys)
-        plain_ms = self._plain(plan)
+        plain_ms = self._plain(plan, predicted_ms if tokens == load.tokens else None)
         step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
         self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy, draft_keys)
         draft_ms = 0.0
@@ -244,10 +244,12 @@ class AutoBudget:
             self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms)
         return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
 
-    def _plain(self, plan: Plan) -> tuple[float, float]:
-        """The step without drafts, and, per row, one of its decoding rows alone; milliseconds."""
+    def _plain(self, plan: Plan, step_ms: float | None) -> tuple[float, float]:
+        """The step without drafts (`step_ms` if there were none), and, per row, one of its decoding rows alone; in
+        milliseconds."""
         load = self._step.load
-        step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
+        if step_ms is None:
+            step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
         if load.tokens == load.rows:  # they are alone
             return step_ms, step_ms / load.rows
         decoding = [row for row in plan.rows if row.length == 1 and row.samples]
