@@ -24,6 +24,7 @@ DRIVER = Path(__file__).with_name("driver.cpp")
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 
 pytestmark = [
+    pytest.mark.timeout(900),  # half a minute of compiling and emulating, where nobody else wants the cores
     pytest.mark.skipif(ACROSS is None, reason="needs a compiler for arm64 (Debian: g++-aarch64-linux-gnu)"),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs an x86-64 machine to compare arm64 with"),
 ]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tests" / "models"))
 from helpers import INSTRUCTION_SETS
 
 FLAGS = "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer"
+pytestmark = pytest.mark.timeout(1200)  # compiling and sanitized tests: many times as long on a busy machine
 TESTS = [
     *("tests/kernels/test_native.py", "tests/kernels/test_blocks.py", "tests/kernels/test_kernel_edges.py"),
     *("tests/models/test_attention.py", "tests/drafters/test_native_head.py"),
