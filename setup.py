@@ -16,7 +16,7 @@ _HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
 _SETS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    _SETS["avx2"] = ["-mavx2", "-mfma"]
+    _SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     _SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 
 setup(

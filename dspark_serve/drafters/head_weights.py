@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.native import STORED
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.layers import Affine, Linear, RMSNorm, Weight, operations
@@ -38,7 +39,7 @@ class HeadWeights:
     def peek(self, name: str, *shape: int, as_stored: bool = False) -> Tensor | None:
         """The tensor as it is served, not counted yet; None if the checkpoint lacks it. HeadError if misshapen.
 
-        as_stored: bfloat16 stays so where the kernels widen it as they read it, for linears only.
+        as_stored: bfloat16 and float16 stay so where the kernels widen them as they read them, for linears only.
         """
         stored = self._tensors.get(name)
         if stored is None:
@@ -49,7 +50,7 @@ class HeadWeights:
             return stored.to(self._device, torch.int64)
         if not stored.sum(dtype=torch.float32).isfinite():
             raise HeadError(f"the head's {name} holds values that are not finite")
-        if as_stored and self.ops.kernels is not None and stored.dtype == torch.bfloat16:
+        if as_stored and self.ops.kernels is not None and stored.dtype in STORED:
             return stored.clone()  # the file's memory is mapped
         return stored.to(self._device, self._dtype, copy=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.decoder import DecoderStack, LayerWeights
-from dspark_kernels.native import Kernels
+from dspark_kernels.native import STORED, Kernels
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
@@ -37,7 +37,7 @@ from dspark_serve.tensors import StepBatch, TargetOutput
 class _Loading:
     """The checkpoint's tensors, checked, then handed out once each: parts joined, in the precision of the model.
 
-    With `as_stored` matrices stay in bfloat16 or in blocks where all their parts are so.
+    With `as_stored` matrices stay in bfloat16, float16 or blocks where all their parts are so.
     """
 
     def __init__(self, config: DenseConfig, dtype: torch.dtype, device: torch.device, as_stored: bool) -> None:
@@ -110,8 +110,9 @@ class _Loading:
             return joined
         tensors = [part.dequantize() if isinstance(part, BlockWeight) else part for part in parts]
         matrix, dtype = tensors[0].dim() == 2, self._dtype
-        if self._as_stored and matrix and all(part.dtype == torch.bfloat16 for part in tensors):
-            dtype = torch.bfloat16
+        found = {part.dtype for part in tensors}
+        if self._as_stored and matrix and len(found) == 1 and found <= set(STORED):
+            (dtype,) = found
         if matrix:
             self.kept.add(str(dtype).removeprefix("torch."))
         tensors = [part.to(self._device, dtype) for part in tensors]
@@ -191,7 +192,7 @@ class DenseModel:
     ) -> DenseModel:
         """From a config (config.json's contents or a Transformers config) and a checkpoint's named tensors.
 
-        as_stored: where kernels can, keep matrices in bfloat16 or in blocks, and compute in `dtype` with the very
+        as_stored: where kernels can, keep matrices in bfloat16, float16 or blocks, and compute in `dtype` with the very
         values they stand for. Results have the bits of the widened weights.
 
         Raises UnsupportedConfig for what the family does not cover here, ValueError for tensors that are missing,

@@ -92,8 +92,8 @@ def load_model(
     """Build the target model: native code for the dense family, Transformers' for any other decoder.
 
     dtype "auto" is the checkpoint's on a GPU. On CPU it is float32 arithmetic on weights that stay as they are stored
-    where the C++ kernels can read them so (bfloat16, GGUF blocks): results equal those of "float32" bit for bit.
-    kernels "torch" leaves out the C++ ones.
+    where the C++ kernels can read them so (bfloat16, float16, GGUF blocks): results equal those of "float32" bit for
+    bit. kernels "torch" leaves out the C++ ones.
     Raises LoadError naming the file, tensor or architecture.
     """
     config = read_config(resolved.path)

@@ -1,5 +1,5 @@
 """The C++ kernels in cpu/, through their C interface: few-row products and paged attention in
-float32, with weights of float32, bfloat16 or blocks of codes.
+float32, with weights of float32, bfloat16, float16 or blocks of codes.
 
 Every result is row-invariant: the bits of a row do not depend on the other rows or on the number of threads.
 """
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
 
-
-FLOAT32, BFLOAT16, CODES4, CODES8 = range(4)  # how a packed weight is stored, weights.h
+FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8 = range(5)  # how a packed weight is stored, weights.h
+_STORAGE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+STORED = tuple(_STORAGE)  # types of numbers that are read as they are
 
 
 class _Source(ctypes.Structure):  # mirrors pack.cpp
@@ -71,7 +72,7 @@ class Packed(ctypes.Structure):  # mirrors product.h
 class PackedWeight:
     """A weight [outputs, inputs] laid out for the kernels, with its bias; `gated`: half gates, half their ups.
 
-    float32, bfloat16 or blocks: it is stored as it came, and read as the float32 it stands for.
+    float32, bfloat16, float16 or blocks: it is stored as it came, and read as the float32 it stands for.
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor | BlockWeight, bias: Tensor | None, gated: bool) -> None:
@@ -121,11 +122,13 @@ def _source(weight: Tensor | BlockWeight, gated: bool) -> tuple[_Source, list[Te
     if isinstance(weight, BlockWeight):
         kept = [part.contiguous() for part in (weight.codes, weight.scales, weight.minima)]
         storage, group = (CODES4 if weight.bits == 4 else CODES8), weight.group
-    elif weight.dtype in (torch.float32, torch.bfloat16) and weight.dim() == 2:
+    elif weight.dtype in _STORAGE and weight.dim() == 2:
         kept = [weight.contiguous()]
-        storage, group = (FLOAT32 if weight.dtype == torch.float32 else BFLOAT16), weight.shape[1]
+        storage, group = _STORAGE[weight.dtype], weight.shape[1]
     else:
-        raise ValueError(f"only matrices of float32, bfloat16 or blocks can be packed, not {weight.dtype}")
+        raise ValueError(f"only matrices of float32, bfloat16, float16 or blocks can be packed, not {weight.dtype}")
+    if not weight.shape[0] or not weight.shape[1]:
+        raise ValueError(f"a weight without numbers cannot be packed: {list(weight.shape)}")
     if kept[0].device.type != "cpu":
         raise ValueError(f"only matrices in main memory can be packed, not on {kept[0].device}")
     pointers = [*(tensor.data_ptr() for tensor in kept), None, None][:3]
@@ -168,6 +171,7 @@ class Kernels:
         rows, inputs = x.shape
         if inputs != weight.inputs or x.stride(1) != 1:
             raise ValueError(f"x {list(x.shape)} does not fit a weight of {weight.inputs} inputs, or is not row-major")
+        self._check_norm(norm, inputs)
         out = x.new_empty(rows, weight.outputs)
         scratch = None if norm is None else x.new_empty(rows, inputs)
         what = SWIGLU if weight.gated else PLAIN if residual is None else RESIDUAL
@@ -191,6 +195,10 @@ class Kernels:
         self.library.dspark_products(ctypes.byref(task), 1, torch.get_num_threads())
         return out
 
+    def _check_norm(self, norm: Tensor | None, width: int) -> None:
+        if norm is not None and width % self.lanes:
+            raise ValueError(f"a norm of {width} does not fill vectors of {self.lanes}")
+
     def finish_layer(
         self,
         attended: Tensor,  # [rows, out.inputs] contiguous
@@ -206,6 +214,7 @@ class Kernels:
         Returns [rows, hidden]; the bits are those of three separate products.
         """
         rows, width = hidden.shape
+        self._check_norm(norm, width)
         inner = gate_up.outputs
         result = hidden.new_empty(rows, width)
         scratch = hidden.new_empty(rows * (2 * width + inner))  # after attention; normed; between the MLP's products
@@ -226,6 +235,8 @@ class Kernels:
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest entry per row, the lowest on ties, the first NaN if any; x [rows, width] float32."""
         x = x.contiguous()
+        if not x.shape[1]:
+            raise ValueError("no tokens to choose from")
         out = x.new_empty(x.shape[0], dtype=torch.int64)
         self.library.dspark_argmax(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
         return out
@@ -245,6 +256,8 @@ class Kernels:
         A row with NaN gives the token of its first NaN.
         """
         rows, width = logits.shape
+        if not width:
+            raise ValueError("no tokens to choose from")
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         if ids is not None and ids.stride(-1) != 1:
@@ -285,6 +298,8 @@ class Kernels:
         """
         tokens, heads, head_dim = q.shape
         kv_heads, value_dim = v.shape[1:]
+        if not self.attends(head_dim, value_dim):
+            raise ValueError(f"heads of {head_dim} and {value_dim} do not fill vectors of {self.lanes}")
         out = q.new_empty(tokens, heads, value_dim)
         positions, table = rotary if rotary is not None else (None, None)
         first = rows.data_ptr()
@@ -340,7 +355,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def load(name: str | None = None) -> Kernels | None:
     """The kernels for this machine, or None where they were not built. `name` asks for one instruction set.
 
-    The instruction set is torch's choice, so ATEN_CPU_CAPABILITY=avx2 or default limits both.
+    The instruction set is torch's choice, so ATEN_CPU_CAPABILITY=avx2 or default limits both. One that cannot be loaded
+    is warned of, and the next one down serves.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     names = ["base"] if name is None else [name]
@@ -348,13 +364,22 @@ def load(name: str | None = None) -> Kernels | None:
         names.insert(0, "avx2")
         if capability.startswith("AVX512"):
             names.insert(0, "avx512")
+    failures = []
     for wanted in names:
         for path in sorted(Path(__file__).parent.glob(f"_cpu_{wanted}.*")):
             try:
                 _share_openmp()
-                return Kernels(ctypes.CDLL(str(path)))
-            except OSError as error:  # an OpenMP runtime that is not there, a library of another machine
-                logger.warning("the C++ kernels are built but cannot be loaded, torch serves instead: %s", error)
+                kernels = Kernels(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError) as error:  # no OpenMP runtime; a library of another machine or version
+                failures.append(f"{path.name}: {error}")
+                continue
+            if failures:
+                logger.warning(
+                    "C++ kernels for %s serve, others cannot be loaded: %s", kernels.isa, "; ".join(failures)
+                )
+            return kernels
+    if failures:
+        logger.warning("the C++ kernels are built but cannot be loaded, torch serves instead: %s", "; ".join(failures))
     return None
 
 

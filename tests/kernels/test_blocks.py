@@ -1,4 +1,4 @@
-"""Weights in blocks or bfloat16 have, in the kernels, the bits of the float32 numbers they stand for."""
+"""Weights in blocks, bfloat16 or float16 have, in the kernels, the bits of the float32 numbers they stand for."""
 
 from __future__ import annotations
 
@@ -41,9 +41,22 @@ def test_blocks_have_the_bits_of_their_floats(kernels: Kernels, shape: tuple[int
     check(kernels, block_weight(*shape, bits, group))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), *SHAPES])
-def test_bfloat16_has_the_bits_of_its_floats(kernels: Kernels, shape: tuple[int, int]) -> None:
-    check(kernels, torch.randn(shape).bfloat16())
+def test_half_the_bits_have_the_bits_of_their_floats(
+    kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    check(kernels, torch.randn(shape).to(dtype))
+
+
+def test_every_float16_is_widened_exactly(kernels: Kernels) -> None:
+    """All of them, zeros, denormals, infinities and NaN with their signs, as outputs of one input of 1."""
+    halves = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16)
+    got = kernels.product(torch.ones(1, 1), PackedWeight(kernels, halves[:, None], None, False))[0]
+    want = halves.float() + 0.0  # the sum begins at 0, which takes a zero's sign
+    assert torch.equal(got.isnan(), want.isnan())
+    numbers = ~want.isnan()
+    assert torch.equal(got[numbers].view(torch.int32), want[numbers].view(torch.int32))
 
 
 def check(kernels: Kernels, weight: BlockWeight | Tensor) -> None:
@@ -89,8 +102,8 @@ def test_parts_that_do_not_fit_are_refused(scales: tuple[int, int]) -> None:
 def test_other_types_are_refused(kernels: Kernels) -> None:
     with pytest.raises(ValueError, match="scales and minima are float32"):
         BlockWeight(torch.zeros(4, 64, dtype=torch.int8), torch.ones(4, 2).half(), torch.ones(4, 2).half())
-    with pytest.raises(ValueError, match="float32, bfloat16 or blocks"):
-        PackedWeight(kernels, torch.ones(4, 8, dtype=torch.float16), None, False)
+    with pytest.raises(ValueError, match="float32, bfloat16, float16 or blocks"):
+        PackedWeight(kernels, torch.ones(4, 8, dtype=torch.float64), None, False)
 
 
 def test_rows_come_back_out_of_the_panels(kernels: Kernels) -> None:
@@ -103,7 +116,7 @@ def test_rows_come_back_out_of_the_panels(kernels: Kernels) -> None:
     assert PackedWeight(kernels, block_weight(32, 64, 4, 32), None, False).rows(ids) is None
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "blocks"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "blocks"])
 def test_a_part_of_a_weight_shares_its_memory(kernels: Kernels, storage: str) -> None:
     panel, generator = 2 * kernels.lanes, torch.Generator().manual_seed(1)
     outputs = 3 * panel + 5

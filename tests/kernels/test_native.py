@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dspark_kernels import native, noise
 from dspark_kernels.native import Kernels, PackedWeight
+from dspark_serve.models.loader import load_model, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from helpers import INSTRUCTION_SETS, load_kernels
+from helpers import INSTRUCTION_SETS, load_kernels, run_one
 
 SHAPES = [(1, 1), (5, 3), (33, 16), (64, 48), (100, 576), (70, 1536)]  # [outputs, inputs]
 ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 25, 64)
@@ -141,27 +142,80 @@ def test_what_does_not_fit_is_refused(kernels: Kernels) -> None:
         PackedWeight(kernels, torch.ones(4, 8, device="meta"), None, False)
 
 
+TARGET = Path(__file__).parents[1] / "goldens" / "target"
+SERVE = f"""
+from dspark_serve.models.loader import load_model, resolve
+print(load_model(resolve({str(TARGET)!r}), device="cpu").info.backend)
+"""
+
+
 @pytest.mark.parametrize(("capability", "isa"), [("default", "portable"), ("avx2", "avx2")])
 def test_the_instruction_set_is_limited_as_torch_is(capability: str, isa: str) -> None:
-    """A machine without AVX runs the portable kernels: seen by masking what torch reports."""
+    """A machine without AVX runs the portable kernels, and its start-up line says so: seen by masking what it has."""
     load_kernels("base")
     if isa == "avx2" and "avx2" not in INSTRUCTION_SETS:
         pytest.skip("needs a CPU with AVX2")
     if isa == "portable" and os.uname().machine not in ("x86_64", "AMD64"):
         isa = "neon"
-    script = "import dspark_serve; from dspark_kernels import native; print(native.load().isa)"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == isa
+    done = subprocess.run([sys.executable, "-c", SERVE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"native {isa} float32, weights in ")
 
 
-def test_without_built_kernels_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Kernels are looked for anew, now and afterwards."""
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_built_kernels_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native.load() is None
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_an_openmp_runtime_torch_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_kernels("base")
+    served = run_one(load_model(resolve(str(TARGET)), device="cpu"), [5, 9, 100, 7]).logits
+    native.load.cache_clear()
+
+    def missing() -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(native, "_share_openmp", missing)
+    model = load_model(resolve(str(TARGET)), device="cpu")
+    assert not model.info.native
+    assert not model.info.backend.startswith("native")
+    close(run_one(model, [5, 9, 100, 7]).logits, served.double())
+    (record,) = caplog.records  # one sentence, however many libraries there are and however often they are asked for
+    assert "cannot be loaded, torch serves instead" in record.getMessage()
+    assert "libgomp.so.1: cannot open" in record.getMessage()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(len(INSTRUCTION_SETS) < 2, reason="needs a CPU with AVX2: a set below which there is another")
+def test_a_broken_library_leaves_the_next_one_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = Path(load_kernels(INSTRUCTION_SETS[-2]).library._name)
+    (tmp_path / good.name).symlink_to(good)
+    broken = tmp_path / f"_cpu_{INSTRUCTION_SETS[-1]}.so"
+    broken.write_bytes(b"a library of another machine")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native.load.cache_clear()
-    try:
-        assert native.load() is None
-    finally:
-        native.load.cache_clear()
+    kernels = native.load()
+    assert kernels is not None
+    assert kernels.isa in ("portable", INSTRUCTION_SETS[-2])
+    assert f"{broken.name}: " in caplog.text
+    assert f"C++ kernels for {kernels.isa} serve" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [1, 5, 14])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from helpers import Trace, chunked, run_one, run_steps
 from torch import Tensor
 
+from dspark_kernels import native
 from dspark_serve.cache.store import KVStore
 from dspark_serve.models.dense import DenseModel
 from dspark_serve.models.dense_config import SUPPORTED_ARCHITECTURES, DenseConfig, UnsupportedConfig
 from dspark_serve.models.invariance import Chunk, probe_batch
 from dspark_serve.models.layers import PackedLinear, PlainLinear, operations, swiglu
+from dspark_serve.models.loader import load_model, resolve
 
 transformers = pytest.importorskip("transformers")
 
@@ -214,6 +217,22 @@ def test_bfloat16_is_close() -> None:
     got = run_one(ours, tokens, chunked(30, 7)).logits
     assert got.dtype == torch.float32
     assert (got - want).abs().max() < 0.1 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoints_of_half_the_bits_keep_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    """By default on CPU, and with the bits of the widened model; plain torch widens them when loading."""
+    theirs = reference("Qwen3", {"head_dim": 32}).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    resolved, tokens = resolve(str(tmp_path)), prompt(30)
+    served, widened = load_model(resolved, device="cpu"), load_model(resolved, "float32", "cpu")
+    assert torch.equal(run_one(served, tokens).logits, run_one(widened, tokens).logits)
+    kept = str(dtype).removeprefix("torch.") if native.load() is not None else "float32"
+    assert served.info.backend.endswith(f"weights in {kept}")
+    assert widened.info.backend.endswith("weights in float32")
+    torched = load_model(resolved, device="cpu", kernels="torch")
+    assert torched.info.backend.endswith("weights in float32")
+    assert_close(run_one(torched, tokens).logits, run_one(served, tokens).logits)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

@@ -129,7 +129,8 @@ void decoded(const Work& w) {
 void one_panel(const Work& w) {
     switch (w.p.storage) {
         case FLOAT32: return all_rows<Floats>(w);
-        case BFLOAT16: return decoded<Halves>(w);
+        case BFLOAT16: return decoded<BFloats>(w);
+        case FLOAT16: return decoded<HalfFloats>(w);
         case CODES4: return decoded<Codes<4>>(w);
         case CODES8: return decoded<Codes<8>>(w);
     }

@@ -6,7 +6,7 @@ using namespace dspark;
 namespace {
 
 struct Source {  // mirrored by native.py
-    const void* values;    // [outputs, inputs]: floats, bfloat16, signed bytes, or two 4-bit codes per byte, low half first
+    const void* values;    // [outputs, inputs]: floats, bfloat16, float16, signed bytes, or two 4-bit codes per byte, low half first
     const float* scales;   // [outputs, inputs / group], of codes
     const float* minima;   // likewise
     int64_t storage, group;
@@ -30,8 +30,8 @@ template <class Value>
 void pack_values(const Source& s, int64_t panel, Value* to) {
     for (int64_t lane = 0; lane < PANEL; lane++) {
         int64_t row = row_of(s, panel, lane);
-        const Value* from = static_cast<const Value*>(s.values) + row * s.inputs;
-        for (int64_t i = 0; i < s.inputs; i++) to[i * PANEL + lane] = row < 0 ? Value() : from[i];
+        const Value* from = row < 0 ? nullptr : static_cast<const Value*>(s.values) + row * s.inputs;
+        for (int64_t i = 0; i < s.inputs; i++) to[i * PANEL + lane] = from ? from[i] : Value();
     }
 }
 
@@ -75,7 +75,7 @@ void dspark_pack(const Source* s, char* packed) {
     for (int64_t panel = 0; panel < panels(*s); panel++) {
         char* to = packed + panel * bytes;
         if (s->storage == FLOAT32) pack_values(*s, panel, reinterpret_cast<float*>(to));
-        else if (s->storage == BFLOAT16) pack_values(*s, panel, reinterpret_cast<uint16_t*>(to));
+        else if (s->storage == BFLOAT16 || s->storage == FLOAT16) pack_values(*s, panel, reinterpret_cast<uint16_t*>(to));
         else pack_codes(*s, panel, to);
     }
 }

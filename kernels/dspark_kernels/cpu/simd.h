@@ -11,7 +11,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -42,6 +42,9 @@ inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*
 inline Vec load_bfloat16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Vec load_float16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline Vec load_codes8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -82,7 +85,7 @@ inline void transpose(const float* const* rows, int64_t at, float* to) {
     }
 }
 
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 using Vec = __m256;
 constexpr int LANES = 8;
@@ -105,6 +108,9 @@ inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*
 inline Vec load_bfloat16(const uint16_t* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vec load_float16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline Vec load_codes8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -156,6 +162,7 @@ inline Vec power_of_two(Vec n) {
 }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec load_bfloat16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline Vec load_float16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline Vec load_codes8(const int8_t* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
@@ -181,11 +188,24 @@ struct Vec { float lane[4]; };
 constexpr int LANES = 4;
 constexpr int REGISTERS = 16;  // of SSE2
 template <class F> inline Vec map(F f) { return {{f(0), f(1), f(2), f(3)}}; }
+inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 inline Vec load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
 inline Vec broadcast(float x) { return {{x, x, x, x}}; }
-// Two roundings: fused multiply-add without hardware is a function call. Still the same for every tiling.
+#if defined(__FP_FAST_FMAF)
+inline Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); }); }
+#else  // two roundings: fused multiply-add without hardware is a function call; still the same for every tiling
 inline Vec fma(Vec a, Vec b, Vec c) { return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+#endif
 inline Vec add(Vec a, Vec b) { return map([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline Vec sub(Vec a, Vec b) { return map([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline Vec mul(Vec a, Vec b) { return map([&](int i) { return a.lane[i] * b.lane[i]; }); }
@@ -193,14 +213,22 @@ inline Vec div(Vec a, Vec b) { return map([&](int i) { return a.lane[i] / b.lane
 inline Vec vmin(Vec a, Vec b) { return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec vmax(Vec a, Vec b) { return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 inline Vec round_even(Vec a) { return map([&](int i) { return std::nearbyint(a.lane[i]); }); }
-inline Vec power_of_two(Vec n) { return map([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.lane[i])); }); }
+inline Vec power_of_two(Vec n) {  // of NaN, which has no whole number, any
+    return map([&](int i) {
+        float whole = n.lane[i] == n.lane[i] ? n.lane[i] : 0.0f;
+        return from_bits(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+    });
+}
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline Vec load_bfloat16(const uint16_t* p) {
+    return map([&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
+}
+inline Vec load_float16(const uint16_t* p) {
     return map([&](int i) {
-        uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
+        uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
+        if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite or NaN
+        // Exponent and mantissa in float32's places stand for a number 2^112 too small, denormal or not.
+        return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
     });
 }
 inline Vec load_codes8(const int8_t* p) { return map([&](int i) { return static_cast<float>(p[i]); }); }

@@ -1,17 +1,17 @@
 // How a weight matrix lies in memory, and how a product reads it back, PANEL floats at a time.
 //
 // A weight [outputs, inputs] is stored as panels of PANEL outputs. A panel goes through the inputs in order:
-//   FLOAT32, BFLOAT16  PANEL values per input
-//   CODES4, CODES8     per group of inputs: PANEL scales, PANEL minima (floats), then PANEL codes per input
+//   FLOAT32, BFLOAT16, FLOAT16  PANEL values per input
+//   CODES4, CODES8              per group of inputs: PANEL scales, PANEL minima (floats), then PANEL codes per input
 // A code stands for code * scale + minimum. GGUF's scales leave the product exact, so this is what dequantising into
-// float32 gives, bit for bit; bfloat16 widens exactly. A product's bits do not depend on the storage.
+// float32 gives, bit for bit; bfloat16 and float16 widen exactly. A product's bits do not depend on the storage.
 #pragma once
 
 #include "simd.h"
 
 namespace dspark {
 
-enum Storage : int64_t { FLOAT32, BFLOAT16, CODES4, CODES8 };  // mirrored by native.py
+enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8 };  // mirrored by native.py
 
 constexpr int64_t LINE = 64;     // bytes the memory hands over at once
 constexpr int64_t AHEAD = 2048;  // bytes that prefetching runs ahead of a panel's stream
@@ -36,6 +36,7 @@ struct Floats {
     }
 };
 
+template <Vec (*LOAD)(const uint16_t*)>
 struct Halves {
     static constexpr int SPARE = 3;
     const uint16_t* at;
@@ -44,11 +45,14 @@ struct Halves {
     void open() {}
     void next(Vec& low, Vec& high) {
         prefetch_bytes(reinterpret_cast<const char*>(at), PANEL * 2);
-        low = load_bfloat16(at);
-        high = load_bfloat16(at + LANES);
+        low = LOAD(at);
+        high = LOAD(at + LANES);
         at += PANEL;
     }
 };
+
+using BFloats = Halves<load_bfloat16>;
+using HalfFloats = Halves<load_float16>;
 
 template <int BITS>
 struct Codes {
@@ -85,7 +89,8 @@ inline int64_t panel_bytes(int64_t storage, int64_t inputs, int64_t group) {
     int64_t groups = inputs / group;
     switch (storage) {
         case FLOAT32: return groups * Floats::group_bytes(group);
-        case BFLOAT16: return groups * Halves::group_bytes(group);
+        case BFLOAT16: return groups * BFloats::group_bytes(group);
+        case FLOAT16: return groups * HalfFloats::group_bytes(group);
         case CODES4: return groups * Codes<4>::group_bytes(group);
         default: return groups * Codes<8>::group_bytes(group);
     }
