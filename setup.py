@@ -19,7 +19,6 @@ if platform.machine() in ("x86_64", "AMD64"):
     _SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 
 setup(
-    options={"build_ext": {"parallel": True}},  # as many compilers at once as there are processors
     ext_modules=[
         Extension(
             f"dspark_kernels._cpu_{name}",
@@ -30,5 +29,5 @@ setup(
             optional=True,
         )
         for name, flags in _SETS.items()
-    ],
+    ]
 )

@@ -49,8 +49,8 @@ class Started:
     @property
     def server(self) -> int:
         """The process id, seen from here, of the one that is 1 in there."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(child)
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
         """What `docker exec` would do."""
@@ -99,12 +99,13 @@ def started(image: Image) -> Iterator[Started]:
     )
     with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
         process = subprocess.Popen(command, stdout=output, stderr=output)
+        found = Started(image, process, client, port, volume, log)
         try:
-            found = Started(image, process, client, port, volume, log)
             _wait_until_ready(found)
             yield found
         finally:
-            process.kill()  # and with it, as it is asked to, the server
+            if process.poll() is None:
+                os.kill(found.server, signal.SIGKILL)  # the first of its name space, which ends with it
             process.wait()
 
 
