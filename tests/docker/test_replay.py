@@ -64,7 +64,16 @@ class Started:
             f"--setgid={UID}",
         ]
         variables = [f"{name}={value}" for name, value in self.image.environment.items()]
-        line = [*enter, "/usr/bin/env", "-i", *variables, f"DSPARK_PORT={self.port}", *command]
+        line = [
+            *enter,
+            "/usr/bin/env",
+            "-i",
+            "-C",
+            self.image.directory,
+            *variables,
+            f"DSPARK_PORT={self.port}",
+            *command,
+        ]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
