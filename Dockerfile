@@ -21,8 +21,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-dev g++
 RUN python3 -m venv /opt/dspark && /opt/dspark/bin/pip install --no-cache-dir "setuptools>=77" wheel
 WORKDIR /src
 COPY constraints.txt ./
-# constraints.txt pins the release whose CPU wheel is small; the index has no other kind.
-RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+# constraints.txt pins the release whose CPU wheel is small; the index has no other kind. Empty: the index pip is set up with.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml setup.py MANIFEST.in README.md ./
 COPY dspark_serve ./dspark_serve
 COPY kernels ./kernels
@@ -33,7 +34,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 RUN python3 -m venv /opt/dspark && /opt/dspark/bin/pip install --no-cache-dir "setuptools>=77" wheel
 WORKDIR /src
 COPY constraints.txt ./
-RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cu130 torch
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
+RUN /opt/dspark/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml setup.py MANIFEST.in README.md ./
 COPY dspark_serve ./dspark_serve
 COPY kernels ./kernels

@@ -9,7 +9,7 @@ SPEC := pyproject.toml setup.py constraints.txt $(wildcard kernels/dspark_kernel
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test
 
-.PHONY: install serve test lint clean
+.PHONY: install serve test test-docker lint clean
 
 install: $(RUNTIME)
 
@@ -24,6 +24,11 @@ ifndef PYTEST_ARGS
 	$(PYTEST) -q tests/test_exactness.py -k "smollm2-0.8-ngram and (batch or chunk7)"
 endif
 	$(PYTEST) -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
+
+# Builds the CPU image's content in a Debian root and serves from it: needs root and debootstrap, minutes and gigabytes.
+# TORCH_INDEX names the index of torch's CPU wheels; empty, it comes from where pip looks, with CUDA or without.
+test-docker: $(TESTING)
+	REPLAY=1 $(PYTEST) -n 0 tests/docker $(PYTEST_ARGS)
 
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,6 @@
 """The files in configs/ are read as a server reads them, and say what their comments claim."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,31 @@ def test_memory_adds_up_as_the_comments_say() -> None:
     token_bytes = 36 * 8 * 128 * 2 * 2
     assert token_bytes == 144 << 10
     h100, spark = loaded("h100-qwen3-8b-dspark.yaml"), loaded("dgx-spark-qwen3-4b-dspark.yaml")
-    for config, total, weights in ((h100, 80e9, 16.4e9), (spark, 128e9, 8.0e9)):
+    small = loaded("h100-qwen3-4b-dspark.yaml")
+    for config, total, weights in ((h100, 80e9, 16.4e9), (spark, 128e9, 8.0e9), (small, 80e9, 8.0e9)):
         assert config.model.max_model_len is not None
         left = config.cache.gpu_memory_utilization * total - weights - 3e9  # the head and activations
         assert left > 8 * config.model.max_model_len * token_bytes  # some requests at full length
         everything = config.engine.max_num_seqs * config.model.max_model_len * token_bytes
         assert left < everything
     assert h100.cache.gpu_memory_utilization * 80e9 - 16.4e9 - 3e9 > 50e9
+    assert small.cache.gpu_memory_utilization * 80e9 - 8.0e9 - 3e9 > 60e9
+
+
+def test_a_cpu_for_many_has_room_for_them() -> None:
+    config = loaded("cpu-throughput.yaml")
+    token_bytes = 30 * 3 * 64 * 2 * 4
+    assert token_bytes == 45 << 10
+    assert config.cache.kv_cache_gib is not None
+    assert config.cache.kv_cache_gib * 2**30 // token_bytes // config.engine.max_num_seqs in range(1400, 1500)
+    assert config.speculation.method == "none"
+
+
+def test_containers_are_documented_with_these_files() -> None:
+    """README's lines for both machines: the file is there, and no flag takes more memory than it."""
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^docker run --gpus all .* serve --config /etc/dspark-serve/(\S+)(.*)$", text, re.MULTILINE)
+    assert {name.partition("-qwen3")[0] for name, _ in lines} == {"h100", "dgx-spark"}
+    for name, flags in lines:
+        given = re.findall(r"--gpu-memory-utilization (\S+)", flags)
+        assert all(float(share) <= loaded(name).cache.gpu_memory_utilization for share in given)

@@ -10,7 +10,6 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -40,10 +39,10 @@ def load(config: Config) -> Loaded:
     from dspark_serve.engine.build import build_engine, find_model  # brings torch: only the loading thread pays for it
 
     model, resolved = config.model, find_model(config)
-    with ThreadPoolExecutor(1) as beside:  # reading weights hardly needs Python, loading a tokenizer needs little else
-        tokenizer = beside.submit(Tokenizer.load, resolved.path, model.chat_template, model.trust_remote_code)
-        engine = build_engine(config, resolved)
-    return engine, tokenizer.result()
+    # One after the other: Transformers replaces its own module while it is imported, and a second thread that imports
+    # it then is left with the empty first one. In a new container, whose files are read slowly, that ended the start.
+    tokenizer = Tokenizer.load(resolved.path, model.chat_template, model.trust_remote_code)
+    return build_engine(config, resolved), tokenizer
 
 
 class Service:

@@ -53,7 +53,10 @@ def calibrate_head(directory: Path, source: PassageSource, weights: TargetWeight
     facts["calibration"] = {mode: asdict(calibration) for mode, calibration in kept.items()}
     write_json(directory / FACTS, facts)
     write_json(directory / REPORT, {"texts": len(chosen), "greedy_rounds": asdict(overall), "modes": report})
-    _plot(directory / PLOT, by_mode, kept)
+    if by_mode:
+        _plot(directory / PLOT, by_mode, kept)
+    else:
+        say("the held-out text is too short to calibrate on: let the target write more")
 
 
 def _by_slot(signals: Signals) -> list[float]:
