@@ -55,6 +55,7 @@ class StepBatch:
     positions: Tensor  # [tokens] int64
     slots: Tensor  # [tokens] int64, page * page_size + offset: where the token's K/V goes
     page_table: Tensor  # [rows, max_pages] int64, padded with page 0
+    spans: Tensor  # [3, rows] int64 contiguous: each row's first token, and the next two for the device
     query_lens: tuple[int, ...]  # [rows]
     context_lens: tuple[int, ...]  # [rows] keys visible to the row's last token (its own included)
     sample_index: Tensor  # [samples] int64, index into tokens
