@@ -23,7 +23,10 @@ from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
+from dspark_serve.engine.graph_check import with_graphs
+from dspark_serve.engine.padding import Limits
 from dspark_serve.engine.profile import Rig, machine_profile
+from dspark_serve.engine.recorders import CudaRecorder, Recorder
 from dspark_serve.engine.remembered import file_states, machine, passed, remember
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
@@ -81,7 +84,9 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engin
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
     num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
     invariant = _row_invariant(model, resolved.path, config.cache.page_size)
-    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings)
+    graphs = model.device.type == "cuda" and not config.engine.enforce_eager
+    recorder = CudaRecorder(model.device) if graphs else None
+    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings, recorder)
 
 
 def _row_invariant(model: TargetModel, path: Path, page_size: int) -> bool:
@@ -122,6 +127,7 @@ def _assemble(
     num_pages: int,
     row_invariant: bool,
     warnings: tuple[str, ...] = (),
+    recorder: Recorder | None = None,
 ) -> Engine:
     page_size = config.cache.page_size
     layers = (*model.info.kv_layers, *plan.kv_layers)
@@ -137,11 +143,26 @@ def _assemble(
         draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    info = _engine_info(config, path, model, store, scheduler, plan)
-    info = replace(info, row_invariant=row_invariant, warnings=warnings)
     runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
+    if recorder is not None:
+        runner, found = with_graphs(runner, _limits(scheduler), recorder)
+        warnings += found
+    info = _engine_info(config, path, model, store, scheduler, plan)
+    graph_tokens = 0 if runner.graphs is None else runner.graphs.sizes[-1]
+    info = replace(info, row_invariant=row_invariant, warnings=warnings, graph_tokens=graph_tokens)
     budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
     return Engine(info, scheduler, drafter, budget, batcher, runner)
+
+
+def _limits(scheduler: Scheduler) -> Limits:
+    """Of the scheduler's steps. Whoever decodes verifies drafts at most; longer steps are prompts, or few."""
+    decoding = scheduler.max_num_seqs * (1 + scheduler.draft_width)
+    pool_tokens = scheduler.pool.num_usable * scheduler.pool.page_size
+    return Limits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_tokens=min(decoding, scheduler.max_num_batched_tokens, pool_tokens),
+        max_model_len=scheduler.max_model_len,
+    )
 
 
 def _tested(
