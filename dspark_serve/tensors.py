@@ -43,6 +43,12 @@ class SamplingBatch:
     bias_token: Tensor | None = None  # [entries] int64
     bias_value: Tensor | None = None  # [entries] float32, added to the logits; -inf forbids the token
 
+    @staticmethod
+    def none(device: torch.device) -> SamplingBatch:
+        """Of no samples."""
+        numbers, whole = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        return SamplingBatch(numbers, whole, numbers, numbers, whole, whole, all_greedy=True, any_filter=False)
+
 
 @dataclass(frozen=True)
 class StepBatch:

@@ -6,18 +6,21 @@ Must not know: requests, who records. Nobody else may use the K/V store meanwhil
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dspark_serve.engine.graphs import StepGraphs
+from dspark_serve.cache.store import KVStore
+from dspark_serve.drafters.base import BlockPass
+from dspark_serve.drafters.rows import DraftRows
+from dspark_serve.engine.graphs import BlockGraphs, StepGraphs
 from dspark_serve.engine.padding import Limits
 from dspark_serve.engine.recorders import Recorder
 from dspark_serve.engine.runner import Runner
 from dspark_serve.models.base import StagedModel
 from dspark_serve.models.invariance import Chunk, probe_batch
-from dspark_serve.tensors import StepBatch
+from dspark_serve.tensors import SamplingBatch, StepBatch
 
 _CONTEXT = 21  # tokens before those of a step, where there is room
 # How far apart values may lie, of their standard deviation: products of another number of rows may add up in another
@@ -33,17 +36,35 @@ def with_graphs(runner: Runner, limits: Limits, recorder: Recorder) -> tuple[Run
         logger.info("no CUDA graphs: attention of %s runs in plain torch", model.info.architecture)
         return runner, ()
     try:
-        recorded = Runner(
-            model, runner.store, runner.taps, StepGraphs(model, runner.store, runner.taps, limits, recorder)
-        )
+        graphs = StepGraphs(model, runner.store, runner.taps, limits, recorder)
+        recorded = Runner(model, runner.store, runner.taps, graphs)
         fault = graph_fault(recorded, limits)
-    except RuntimeError as error:  # no memory left, or something that no graph can hold
-        fault = f"CUDA graphs could not be recorded ({' '.join(str(error).split())[:200]})"
-    if fault is None:
-        return recorded, ()
+    except RuntimeError as error:
+        fault = _refused(error)
+    return (recorded, ()) if fault is None else (runner, _warnings(fault))
+
+
+def with_block_graphs(
+    block: BlockPass, store: KVStore, vocab_size: int, limits: Limits, recorder: Recorder
+) -> tuple[BlockPass, tuple[str, ...]]:
+    """The same for a drafter's pass, which the target's recordings do not depend on."""
+    try:
+        graphs = BlockGraphs(block, store, limits, recorder)
+        fault = block_fault(graphs, block, store, vocab_size, limits)
+    except RuntimeError as error:
+        fault = _refused(error)
+    return (graphs, ()) if fault is None else (block, _warnings(fault))
+
+
+def _refused(error: RuntimeError) -> str:
+    """No memory was left, or there is something that no graph can hold."""
+    return f"CUDA graphs could not be recorded ({' '.join(str(error).split())[:200]})"
+
+
+def _warnings(fault: str) -> tuple[str, ...]:
     sentence = f"{fault}; serving without them, slower"
     logger.warning(sentence)
-    return runner, (sentence,)
+    return (sentence,)
 
 
 @torch.inference_mode()
@@ -96,8 +117,8 @@ def _chunks(tokens: int, rows: int, context: int, page_size: int, vocab: int) ->
     return found
 
 
-def _outputs(runner: Runner, batch: StepBatch, tensors: Sequence[Tensor], recorded: bool) -> list[Tensor]:
-    """Logits and taps, in float32, of a step whose own keys and values are not there before."""
+def _outputs(runner: Runner, batch: StepBatch, tensors: Sequence[Tensor], recorded: bool) -> dict[str, Tensor]:
+    """Logits and taps of a step whose own keys and values are not there before."""
     for tensor in tensors:
         tensor.flatten(0, 1)[batch.slots] = 0.0
     if recorded:
@@ -106,17 +127,59 @@ def _outputs(runner: Runner, batch: StepBatch, tensors: Sequence[Tensor], record
         assert out is not None, "steps are made to fit"
     else:
         out = runner.model.forward(batch, runner.store, runner.taps)
-    return [out.logits, *([] if out.taps is None else [out.taps.float()])]
+    return {"logits": out.logits} | ({} if out.taps is None else {"taps": out.taps})
 
 
-def _difference(want: Sequence[Tensor], got: Sequence[Tensor], far: float) -> str | None:
+@torch.inference_mode()
+def block_fault(graphs: BlockGraphs, block: BlockPass, store: KVStore, vocab_size: int, limits: Limits) -> str | None:
+    """The same for every recording of a drafter's pass."""
+    tensors, far = [*store.keys, *store.values], _FAR[store.keys[0].dtype]
+    generator = torch.Generator(store.keys[0].device).manual_seed(0)
+    pages = min(store.num_pages - 1, DraftRows.width(min(2 * _CONTEXT, limits.max_model_len - 1), store.page_size))
+    context = min(2 * _CONTEXT, limits.max_model_len - 1, pages * store.page_size)
+    fault, smaller = None, 0
+    for tensor in tensors:
+        tensor[: pages + 1].normal_(generator=generator)
+    for size in graphs.sizes:
+        for count in (size, smaller + 1):
+            rows = _draft_rows(count, context, pages, store, vocab_size)
+            fault = _difference({"hidden states": block(rows)}, {"hidden states": graphs(rows)}, far)
+            if fault is not None:
+                break
+        if fault is not None:
+            fault = f"CUDA graphs of up to {size} drafting rows {fault}"
+            break
+        smaller = size
+    for tensor in tensors:
+        tensor[: pages + 1].zero_()
+    return fault
+
+
+def _draft_rows(count: int, context: int, pages: int, store: KVStore, vocab_size: int) -> DraftRows:
+    """Rows of different contexts, all of them on the same pages, which a drafter's pass reads only."""
+    row = torch.arange(count, device=store.keys[0].device)
+    sampling = SamplingBatch.none(row.device)
+    return DraftRows(
+        anchors=(31 * row + count) % vocab_size,
+        start=context - 5 * row % (context + 1),
+        pages=torch.arange(1, pages + 1, device=row.device).expand(count, -1).contiguous(),
+        page_size=store.page_size,
+        counts=(0,) * count,
+        longest=context,
+        sampling=sampling,
+    )
+
+
+def _difference(want: Mapping[str, Tensor], got: Mapping[str, Tensor], far: float) -> str | None:
     """None where all is near, else how far apart what is."""
-    for name, expected, found in zip(("logits", "taps"), want, got, strict=False):
+    for name, expected in want.items():
+        expected, found = expected.float(), got[name].float()
         spread, distance = float(expected.std()), float((found - expected).abs().max())
-        if not distance <= far * spread:  # NaN is far from everything
-            others = int((want[0].argmax(-1) != got[0].argmax(-1)).sum())
-            return (
-                f"differ from the same steps without: {name} by {distance:.2g} where they spread by {spread:.2g}, "
-                f"{others} of {len(want[0])} tokens"
-            )
+        if distance <= far * spread:
+            continue
+        sentence = f"differ from the same steps without: {name} by {distance:.2g} where they spread by {spread:.2g}"
+        if name != "logits":
+            return sentence
+        others = int((expected.argmax(-1) != found.argmax(-1)).sum())
+        return f"{sentence}, {others} of {len(expected)} tokens are others"
     return None

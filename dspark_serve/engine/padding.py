@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark_serve.drafters.rows import DraftRows
 from dspark_serve.tensors import SamplingBatch, StepBatch
 
 # Few, so that recording is quick; close where padding costs most: up to half of a small step, a third of a large one.
@@ -73,7 +74,7 @@ class StepInputs:
             sample_lens=(0,) * rows,
             drafts=self._nothing[:0].view(rows, 0),
             draft_probs=None,
-            sampling=_no_samples(device),
+            sampling=SamplingBatch.none(device),
             logprobs=(None,) * rows,
         )
 
@@ -96,15 +97,30 @@ class StepInputs:
         self._table[:rows, :pages].copy_(batch.page_table)
 
 
-def _no_samples(device: torch.device) -> SamplingBatch:
-    numbers, integers = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return SamplingBatch(
-        temperature=numbers,
-        top_k=integers,
-        top_p=numbers,
-        min_p=numbers,
-        seed=integers,
-        position=integers,
-        all_greedy=True,
-        any_filter=False,
-    )
+class BlockInputs:
+    """Inputs of a drafter's pass over `rows` rows, likewise: a padding row has no context, and drafts for nobody."""
+
+    def __init__(self, table: Tensor, page_size: int, longest: int) -> None:
+        """table: [rows, max_pages] int64, zeroed; smaller tiers use the first rows of the same."""
+        rows, device = table.shape[0], table.device
+        self._flat = torch.zeros(2 * rows, dtype=torch.int64, device=device)
+        self._nothing = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rows = DraftRows(
+            anchors=self._flat[:rows],
+            start=self._flat[rows:],
+            pages=table,
+            page_size=page_size,
+            counts=(0,) * rows,
+            longest=longest,
+            sampling=SamplingBatch.none(device),
+        )
+
+    def takes(self, rows: DraftRows) -> bool:
+        return all(given <= room for given, room in zip(rows.pages.shape, self.rows.pages.shape, strict=True))
+
+    def fill(self, rows: DraftRows) -> None:
+        count, pages = rows.pages.shape
+        nothing, table = self._nothing[count:], self.rows.pages
+        torch.cat([rows.anchors, nothing, rows.start, nothing], out=self._flat)
+        table.zero_()
+        table[:count, :pages].copy_(rows.pages)
