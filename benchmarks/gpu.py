@@ -1,4 +1,4 @@
-"""On a CUDA machine: each kernel's share of the roofline, steps with and without CUDA graphs, a model end to end, energy.
+"""On a CUDA machine: each kernel's share of the roofline, steps with and without graphs, a model end to end, energy.
 
 Peaks are measured in the same run, by a copy and a large product. Kernels and steps have the shapes of Qwen3-4B, its
 weights are random and made on the spot; `--model DIR` adds a checkpoint of one's own. Needs no network.
