@@ -1,4 +1,4 @@
-"""On a CUDA machine: each kernel's share of the roofline, a step by rows, a whole model end to end, and energy.
+"""On a CUDA machine: each kernel's share of the roofline, steps with and without graphs, a model end to end, energy.
 
 Peaks are measured in the same run, by a copy and a large product. Kernels and steps have the shapes of Qwen3-4B, its
 weights are random and made on the spot; `--model DIR` adds a checkpoint of one's own. Needs no network.
@@ -6,11 +6,12 @@ weights are random and made on the spot; `--model DIR` adds a checkpoint of one'
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +28,14 @@ from rich.table import Table
 from shapes import Cost
 
 from dspark_serve.cache.store import KVStore
+from dspark_serve.engine.graph_check import with_graphs
+from dspark_serve.engine.padding import Limits
+from dspark_serve.engine.recorders import CudaRecorder, Recorder
+from dspark_serve.engine.runner import Runner
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.invariance import Chunk, probe_batch
 from dspark_serve.models.loader import load_model, resolve
+from dspark_serve.tensors import StepBatch
 from dspark_serve.types import SpeculationParams
 
 COPY_BYTES, SQUARE = 1 << 30, 8192
@@ -37,7 +43,6 @@ FLUSH_BYTES = 512 << 20  # more than any cache holds
 CONTEXT = 2048
 STEPS = ((1, 1), (1, 8), (2, 1), (4, 1), (8, 1), (8, 8), (16, 1), (32, 1), (32, 8), (64, 1), (128, 1))  # rows, tokens
 STEP_CONTEXT = 128
-GRAPHS = "not measured: CUDA graphs are not built yet"
 NO_CUDA = "gpu.py measures a CUDA GPU, and torch sees none here; install the [gpu] extra on a machine that has one."
 
 
@@ -105,35 +110,81 @@ def kernel_shares(peaks: Peaks, repeats: int) -> dict[str, Share]:
     return {name: Share.of(device_seconds(call, repeats), cost, peaks) for name, (call, cost) in cases.items()}
 
 
-def step_seconds(model: TargetModel, rows: int, tokens: int, repeats: int) -> list[float]:
-    """Wall clock of one forward of `rows` sequences, each with `tokens` new ones after STEP_CONTEXT cached."""
+def step_of(model: TargetModel, rows: int, tokens: int) -> StepBatch:
+    """`rows` sequences, each with `tokens` new ones after STEP_CONTEXT cached, on pages from page 1 on."""
     needed = -(-(STEP_CONTEXT + tokens) // PAGE)
-    store = KVStore(model.info.kv_layers, 1 + rows * needed, PAGE, model.info.dtype, model.device)
     chunks = [
         Chunk(tuple(range(100, 100 + tokens)), STEP_CONTEXT, tuple(range(1 + row * needed, 1 + (row + 1) * needed)))
         for row in range(rows)
     ]
-    batch, found = probe_batch(chunks, PAGE, model.device), []
+    return probe_batch(chunks, PAGE, model.device)
+
+
+def step_store(model: TargetModel) -> KVStore:
+    """Room for the largest of STEPS."""
+    pages = 1 + max(rows * -(-(STEP_CONTEXT + tokens) // PAGE) for rows, tokens in STEPS)
+    return KVStore(model.info.kv_layers, pages, PAGE, model.info.dtype, model.device)
+
+
+def wall_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Wall clock of each call until the device is done, taking turns."""
+    found: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.forward(batch, store)
-        torch.cuda.synchronize()
-        if turn > 1:  # libraries choose their algorithms in the first ones
-            found.append(time.perf_counter() - start)
+        for call, times in zip(calls, found, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            if turn > 1:  # libraries choose their algorithms in the first ones
+                times.append(time.perf_counter() - start)
     return found
 
 
-def step_shares(peaks: Peaks, layers: int, repeats: int) -> dict[str, Share]:
-    """The engine's forward as it is now, by rows and tokens per row; its attention is torch's."""
+def step_model(layers: int) -> TargetModel:
+    """The engine's own, of random weights."""
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write_checkpoint(Path(directory) / "qwen3", SHAPE, layers)
-        model = load_model(resolve(str(path)), "bfloat16", DEVICE.type)
-    shares = {}
+        return load_model(resolve(str(path)), "bfloat16", DEVICE.type)
+
+
+def step_shares(model: TargetModel, peaks: Peaks, repeats: int) -> dict[str, Share]:
+    """The engine's forward, launch by launch, by rows and tokens per row."""
+    store, shares = step_store(model), {}
     for rows, tokens in STEPS:
-        cost = shapes.step_cost([(tokens, STEP_CONTEXT + tokens)] * rows, SHAPE, layers, SIZE)
-        shares[f"{rows} x {tokens}"] = Share.of(step_seconds(model, rows, tokens, repeats), cost, peaks)
+        cost = shapes.step_cost([(tokens, STEP_CONTEXT + tokens)] * rows, SHAPE, model.info.num_layers, SIZE)
+        batch = step_of(model, rows, tokens)
+        [seconds] = wall_seconds([functools.partial(model.forward, batch, store)], repeats)
+        shares[f"{rows} x {tokens}"] = Share.of(seconds, cost, peaks)
     return shares
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Microseconds of a step launch by launch and from a CUDA graph, and the ratio of the medians."""
+
+    eager: Spread
+    graph: Spread
+    speedup: float
+
+
+def graph_gains(model: TargetModel, recorder: Recorder, repeats: int) -> dict[str, Gain] | str:
+    """The same steps as the engine plays them, padding and the LM head included; or why there is nothing to play."""
+    store = step_store(model)
+    limits = Limits(
+        max_num_seqs=max(rows for rows, _ in STEPS),
+        max_tokens=max(rows * tokens for rows, tokens in STEPS),
+        max_model_len=STEP_CONTEXT + max(tokens for _, tokens in STEPS),
+    )
+    runner, warnings = with_graphs(Runner(model, store), limits, recorder)
+    if runner.graphs is None:
+        return f"not measured: {' '.join(warnings) or 'attention runs in plain torch here, which cannot be recorded'}"
+    gains = {}
+    for rows, tokens in STEPS:
+        batch = step_of(model, rows, tokens)
+        calls = [functools.partial(model.forward, batch, store), functools.partial(runner.run, batch)]
+        eager, graph = (Spread.of([each * 1e6 for each in times]) for times in wall_seconds(calls, repeats))
+        gains[f"{rows} x {tokens}"] = Gain(eager, graph, eager.median / graph.median)
+    return gains
 
 
 def energy_meter() -> Callable[[], float] | str:
@@ -197,8 +248,9 @@ def main(
     repeats = 10 if quick else 50
     peaks = measured_peaks(repeats)
     result: dict[str, Any] = {"facts": facts(), "peaks": peaks, "kernels": kernel_shares(peaks, repeats)}
-    result["steps"] = step_shares(peaks, 2 if quick else 8, repeats)
-    result["graphs"] = GRAPHS
+    layers = step_model(2 if quick else 8)
+    result["steps"] = step_shares(layers, peaks, repeats)
+    result["graphs"] = graph_gains(layers, CudaRecorder(DEVICE), repeats)
     meter = energy_meter()
     result["energy"] = meter if isinstance(meter, str) else "readable; joules per token come with --model"
     result["end_to_end"] = "not measured: no --model" if model is None else end_to_end(model, head, quick)
@@ -214,8 +266,14 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(name, str(share.micros), f"{share.share:.0%}", share.bound)
         console.print(table)
     console.print(f"peaks: {peaks.bytes_per_s / 1e9:.0f} GB/s, {peaks.flops_per_s / 1e12:.0f} TFLOPS bfloat16")
-    for label in ("graphs", "energy"):
-        console.print(f"{label}: {result[label]}")
+    if isinstance(result["graphs"], str):
+        console.print(f"graphs: {result['graphs']}")
+    else:
+        table = Table("", "eager", "CUDA graph", "faster by", title="A step, rows x new tokens, microseconds")
+        for name, gain in result["graphs"].items():
+            table.add_row(name, str(gain.eager), str(gain.graph), f"{gain.speedup:.2f} x")
+        console.print(table)
+    console.print(f"energy: {result['energy']}")
     ends = result["end_to_end"]
     for name, values in ends.items() if isinstance(ends, dict) else [("end to end", {"": ends})]:
         console.print(f"{name}: " + ", ".join(f"{key} {value}".strip() for key, value in values.items()))

@@ -59,6 +59,7 @@ class EngineConfig(Section):
     max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; more get 503.")
     seed: int = Field(default=0, description="Seeds of requests that bring none derive from it.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's choice.")
+    enforce_eager: bool = Field(default=False, description="Record no CUDA graphs: slower steps, a quicker start.")
 
 
 class SpeculationConfig(Section):

@@ -43,6 +43,12 @@ class SamplingBatch:
     bias_token: Tensor | None = None  # [entries] int64
     bias_value: Tensor | None = None  # [entries] float32, added to the logits; -inf forbids the token
 
+    @staticmethod
+    def none(device: torch.device) -> SamplingBatch:
+        """Of no samples."""
+        numbers, whole = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        return SamplingBatch(numbers, whole, numbers, numbers, whole, whole, all_greedy=True, any_filter=False)
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -55,6 +61,7 @@ class StepBatch:
     positions: Tensor  # [tokens] int64
     slots: Tensor  # [tokens] int64, page * page_size + offset: where the token's K/V goes
     page_table: Tensor  # [rows, max_pages] int64, padded with page 0
+    spans: Tensor  # [3, rows] int64 contiguous: each row's first token, and the next two for the device
     query_lens: tuple[int, ...]  # [rows]
     context_lens: tuple[int, ...]  # [rows] keys visible to the row's last token (its own included)
     sample_index: Tensor  # [samples] int64, index into tokens

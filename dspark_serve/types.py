@@ -403,6 +403,7 @@ class EngineInfo:
     head_bytes: int = 0  # its own weights; embedding and LM head are the target's
     separate_draft_bytes: int = 0  # weights of a separate draft model with as many layers, for comparison
     draft_kv_bytes: int = 0  # the drafter's share of kv_bytes
+    graph_tokens: int = 0  # the most tokens of a step that is played from CUDA graphs; 0: none is
     warnings: tuple[str, ...] = ()  # what the operator should know, one sentence each
 
 

@@ -13,6 +13,8 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.engine import Engine
+from dspark_serve.engine.graphs import StepGraphs
+from dspark_serve.engine.padding import Limits
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.dense import DenseModel
@@ -107,8 +109,12 @@ def make_engine(
     length=None,
     budget=None,
     prefix_caching=True,
+    recorder=None,
 ):
-    """An engine around a drafter, or around a DrafterPlan, whose K/V layers then join the target's."""
+    """An engine around a drafter, or around a DrafterPlan, whose K/V layers then join the target's.
+
+    With a `recorder` its steps are padded and recorded, as on a GPU.
+    """
     info = model.info
     store = KVStore((*info.kv_layers, *getattr(drafter, "kv_layers", ())), pages, page_size, info.dtype)
     if isinstance(drafter, DrafterPlan):
@@ -145,7 +151,8 @@ def make_engine(
         row_invariant=True,
         eos_token_ids=(),
     )
-    runner = Runner(model, store, drafter.taps)
+    graphs = recorder and StepGraphs(model, store, drafter.taps, Limits(seqs, tokens, length), recorder)
+    runner = Runner(model, store, drafter.taps, graphs)
     return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner)
 
 

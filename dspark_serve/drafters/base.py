@@ -9,8 +9,12 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.drafters.rows import DraftRows
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
+
+BlockPass = Callable[[DraftRows], Tensor]  # rows whose context is in the store -> hidden states [rows, block, hidden]
+Record = Callable[[BlockPass], BlockPass]  # a pass that launches by shapes alone -> one that says the same, faster
 
 
 class Drafter(Protocol):
@@ -43,12 +47,18 @@ class Drafter(Protocol):
         ...
 
 
+class MakeDrafter(Protocol):
+    def __call__(self, store: KVStore, first_layer: int, record: Record | None = None) -> Drafter:
+        """first_layer: which of the store's layers is the drafter's first; record: for its pass, if it has such."""
+        ...
+
+
 @dataclass(frozen=True)
 class DrafterPlan:
     """A drafter before the K/V pool exists: what it adds to every page, and how to make it once the store is there."""
 
     name: str  # "ngram", "dspark", ...; what reports call it
-    make: Callable[[KVStore, int], Drafter]  # the store, and which of its layers is the drafter's first
+    make: MakeDrafter
     kv_layers: tuple[LayerGeometry, ...] = ()
     num_bytes: int = 0  # weights of its own
     separate_bytes: int = 0  # weights of a separate draft model with as many layers

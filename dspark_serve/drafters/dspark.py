@@ -17,6 +17,7 @@ from torch import Tensor
 from dspark_kernels import noise
 from dspark_kernels.heads import MarkovSampler
 from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.drafters.base import BlockPass, Record
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
 from dspark_serve.drafters.native_head import NativeHead
@@ -49,6 +50,13 @@ class DSparkHead(Head):
         """Whether taps are kept in the store until a draft needs them. Where weights are quick to read and looking at
         slots would make the device wait, context is written at once instead."""
         return self.hidden_norm.weight.device.type == "cpu"
+
+    @property
+    def recordable(self) -> bool:
+        """Whether `block` reads rows from their tensors alone: attention by kernels does, that in plain torch counts
+        on the longest of them."""
+        kernels, width = self.layers[0].kernels, self.config.head_dim
+        return kernels is not None and kernels.attends(width, width)
 
     def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore, first_layer: int) -> None:
         """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions and slots [n] int64.
@@ -93,7 +101,7 @@ class DSparkHead(Head):
     def _spans(self, rows: DraftRows) -> Tensor:
         """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
         size = self.config.block_size
-        first = torch.arange(0, rows.anchors.shape[0] * size, size)
+        first = torch.arange(0, rows.anchors.shape[0] * size, size, device=rows.start.device)
         return torch.stack([first, torch.full_like(first, size), rows.start + size])
 
     def _attention(self, rows: DraftRows, positions: Tensor, store: KVStore) -> Callable[..., Tensor]:
@@ -118,12 +126,23 @@ class DSparkHead(Head):
 class DSparkDrafter:
     """Drafts with a DSpark or DFlash head; its K/V are the store's layers from `first_layer` on."""
 
-    def __init__(self, head: DSparkHead, store: KVStore, first_layer: int, mode: VerifyMode, width: int) -> None:
+    def __init__(
+        self,
+        head: DSparkHead,
+        store: KVStore,
+        first_layer: int,
+        mode: VerifyMode,
+        width: int,
+        record: Record | None = None,
+    ) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
         self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
+        self._block: BlockPass = lambda rows: head.block(rows, store, first_layer)
+        if record is not None and head.recordable:
+            self._block = record(self._block)
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     @torch.inference_mode()
@@ -133,7 +152,7 @@ class DSparkDrafter:
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
         width = max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
-        hidden = head.block(batch, store, self._first_layer)[:, :width]
+        hidden = self._block(batch)[:, :width]
         sampler, sampling = None if head.native is None else head.native.sampler, batch.sampling
         if sampler is not None and (sampling.all_greedy or (self._mode == "coupled" and not sampling.any_filter)):
             return self._draw_block(sampler, hidden, batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore
-from dspark_serve.drafters.base import Drafter, DrafterPlan
+from dspark_serve.drafters.base import Drafter, DrafterPlan, Record
 from dspark_serve.drafters.dspark import DSparkDrafter, DSparkHead
 from dspark_serve.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
@@ -62,10 +62,10 @@ def _plan(
         name = "dspark" if config.markov_rank else "dflash"
         head = DSparkHead.from_weights(config, weights, target)
 
-    def make(store: KVStore, first_layer: int) -> Drafter:
+    def make(store: KVStore, first_layer: int, record: Record | None = None) -> Drafter:
         if isinstance(head, Eagle3Head):
             return Eagle3Drafter(head, store, first_layer, mode, width)
-        return DSparkDrafter(head, store, first_layer, mode, width)
+        return DSparkDrafter(head, store, first_layer, mode, width, record)
 
     return DrafterPlan(
         name=name,

@@ -37,7 +37,7 @@ class DraftRows:
     def build(rows: Sequence[Row], page_size: int, width: int, device: torch.device | str) -> DraftRows:
         start = np.array([row.start for row in rows], dtype=np.int64)
         longest = int(start.max())
-        pages = np.zeros((len(rows), -(-_padded(longest) // page_size)), dtype=np.int64)
+        pages = np.zeros((len(rows), DraftRows.width(longest, page_size)), dtype=np.int64)
         for line, row in zip(pages, rows, strict=True):
             count = -(-row.start // page_size)
             line[:count] = row.request.pages[:count]
@@ -64,6 +64,11 @@ class DraftRows:
                 any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
             ),
         )
+
+    @staticmethod
+    def width(longest: int, page_size: int) -> int:
+        """Pages per row where the longest row's context has so many tokens."""
+        return -(-_padded(longest) // page_size)
 
     def context(self) -> tuple[Tensor, Tensor]:
         """Slot of each context position [rows, keys] int64, and which of them a row has [rows, keys] bool."""

@@ -51,6 +51,7 @@ class Batcher:
             positions=self._move(positions),
             slots=self._move(slots),
             page_table=self._move(table),
+            spans=self._move(np.stack([ends - lens, lens, starts + lens])),
             query_lens=tuple(lens.tolist()),
             context_lens=tuple(row.start + n for row, n in zip(rows, lens.tolist(), strict=True)),
             sample_index=self._move(sample_index),

@@ -5,6 +5,7 @@ Must not know: HTTP, text. Prints nothing; the caller shows what EngineInfo says
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.config import CacheConfig, Config, SpeculationConfig
-from dspark_serve.drafters.base import DrafterPlan
+from dspark_serve.drafters.base import BlockPass, DrafterPlan, Record
 from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
@@ -24,7 +25,10 @@ from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, Port
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.engine import Engine
+from dspark_serve.engine.graph_check import with_block_graphs, with_graphs
+from dspark_serve.engine.padding import Limits
 from dspark_serve.engine.profile import Rig, machine_profile
+from dspark_serve.engine.recorders import CudaRecorder, Recorder
 from dspark_serve.engine.remembered import file_states, machine, passed, remember
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
@@ -39,7 +43,7 @@ from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, K
 from dspark_serve.types import EngineInfo
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
-    "none": lambda config, target: DrafterPlan("none", lambda store, first: NoDrafter()),
+    "none": lambda config, target: DrafterPlan("none", lambda store, first_layer, record=None: NoDrafter()),
     "ngram": lambda config, target: _plan_ngram(config),
     "dspark": lambda config, target: _plan_head(config, target),
     "dflash": lambda config, target: _plan_head(config, target),
@@ -82,7 +86,8 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engin
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
     num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
     invariant = _row_invariant(model, resolved.path, config.cache.page_size)
-    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings)
+    recorder = None if config.engine.enforce_eager else _recorder(model.device)
+    return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings, recorder)
 
 
 def _row_invariant(model: TargetModel, path: Path, page_size: int) -> bool:
@@ -123,11 +128,23 @@ def _assemble(
     num_pages: int,
     row_invariant: bool,
     warnings: tuple[str, ...] = (),
+    recorder: Recorder | None = None,
 ) -> Engine:
     page_size = config.cache.page_size
     layers = (*model.info.kv_layers, *plan.kv_layers)
     store = KVStore(layers, num_pages, page_size, model.info.dtype, model.device)
-    drafter = plan.make(store, len(model.info.kv_layers))
+    notes = list(warnings)
+
+    def record(block: BlockPass) -> BlockPass:
+        """Within plan.make: the scheduler's limits depend on the drafter's width, but not those of its rows."""
+        assert recorder is not None
+        limits = Limits(config.engine.max_num_seqs, config.engine.max_num_seqs, max_model_len)
+        block, found = with_block_graphs(block, store, model.info.vocab_size, limits, recorder)
+        notes.extend(found)
+        return block
+
+    make = plan.make if recorder is None else functools.partial(plan.make, record=record)
+    drafter = make(store, len(model.info.kv_layers))
     scheduler = Scheduler(
         PagePool(num_pages, page_size, config.cache.enable_prefix_caching),
         max_num_seqs=config.engine.max_num_seqs,
@@ -138,12 +155,32 @@ def _assemble(
         draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    info = _engine_info(config, path, model, store, scheduler, plan)
-    info = replace(info, row_invariant=row_invariant, warnings=warnings)
     runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
+    if recorder is not None:
+        runner, found = with_graphs(runner, _limits(scheduler), recorder)
+        notes.extend(found)
+    info = _engine_info(config, path, model, store, scheduler, plan)
+    graph_tokens = 0 if runner.graphs is None else runner.graphs.sizes[-1]
+    info = replace(info, row_invariant=row_invariant, warnings=tuple(notes), graph_tokens=graph_tokens)
     with Cores(model.device):  # what is measured here holds for steps
         budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
     return Engine(info, scheduler, drafter, budget, batcher, runner)
+
+
+def _recorder(device: torch.device) -> Recorder | None:
+    """None where launches cost next to nothing."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def _limits(scheduler: Scheduler) -> Limits:
+    """Of the scheduler's steps. Whoever decodes verifies drafts at most; longer steps are prompts, or few."""
+    decoding = scheduler.max_num_seqs * (1 + scheduler.draft_width)
+    pool_tokens = scheduler.pool.num_usable * scheduler.pool.page_size
+    return Limits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_tokens=min(decoding, scheduler.max_num_batched_tokens, pool_tokens),
+        max_model_len=scheduler.max_model_len,
+    )
 
 
 def _tested(
@@ -203,7 +240,7 @@ def plan_drafter(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
 
 def _plan_ngram(config: SpeculationConfig) -> DrafterPlan:
     width = _NGRAM_DRAFTS if config.num_speculative_tokens is None else config.num_speculative_tokens
-    return DrafterPlan("ngram", lambda store, first: _lookup(config, width, _NGRAM_SHORTEST))
+    return DrafterPlan("ngram", lambda store, first_layer, record=None: _lookup(config, width, _NGRAM_SHORTEST))
 
 
 def _lookup(config: SpeculationConfig, width: int, shortest: int) -> NgramDrafter:
@@ -220,8 +257,8 @@ def _plan_head(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
 def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPlan:
     head = _plan_head(config, target)
 
-    def make(store: KVStore, first_layer: int) -> PortfolioDrafter:
-        drafter = head.make(store, first_layer)
+    def make(store: KVStore, first_layer: int, record: Record | None = None) -> PortfolioDrafter:
+        drafter = head.make(store, first_layer, record)
         wanted = config.num_speculative_tokens
         width = max(drafter.width, LOOKUP_DRAFTS) if wanted is None else wanted
         return PortfolioDrafter(_lookup(config, width, LOOKUP_SHORTEST), drafter, head.name, store.page_size)

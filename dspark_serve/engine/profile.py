@@ -105,6 +105,7 @@ def profile_key(rig: Rig, plan: DrafterPlan, head_dir: Path | None) -> dict[str,
         "verify_mode": info.verify_mode,
         "dtype": info.dtype,
         "backend": info.backend,
+        **({"graphs": info.graph_tokens} if info.graph_tokens else {}),  # not a word where there are none
         **machine(model.device),
     }
 

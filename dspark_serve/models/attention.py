@@ -6,8 +6,6 @@ Must not know: requests, models, what the rows are for.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -101,6 +99,7 @@ class AttnMeta:
 
     slots: Tensor  # [tokens] int64
     page_table: Tensor  # [rows, max_pages] int64
+    rows: Tensor  # [3, rows] int64: first token, number of tokens, keys visible to the last token
     query_lens: tuple[int, ...]  # [rows]
     context_lens: tuple[int, ...]  # [rows]
     page_size: int
@@ -118,13 +117,8 @@ class AttnMeta:
                 )
         if sum(batch.query_lens) != batch.slots.shape[0]:
             raise ValueError(f"query_lens add up to {sum(batch.query_lens)}, not {batch.slots.shape[0]} tokens")
-        return AttnMeta(batch.slots, batch.page_table, batch.query_lens, batch.context_lens, page_size, kernels)
-
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """First token, number of tokens and keys visible to the last token of every row: [3, rows] int64."""
-        firsts = [0, *itertools.accumulate(self.query_lens)][:-1]
-        return torch.tensor([firsts, self.query_lens, self.context_lens])
+        lens = batch.query_lens, batch.context_lens
+        return AttnMeta(batch.slots, batch.page_table, batch.spans, *lens, page_size, kernels)
 
     def plan(self, shape: _Shape) -> _Plan:
         known = self._plans.get(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,4 +55,23 @@ class TargetModel(Protocol):
 
     def lm_head_blocks(self, ids: Tensor) -> BlockWeight | None:
         """The LM head's rows of tokens `ids` [n] as blocks of codes, None where it is not kept so."""
+        ...
+
+
+@runtime_checkable
+class StagedModel(TargetModel, Protocol):
+    """A target whose forward is `logits` of `trunk`: what the layers do may be recorded once and played again."""
+
+    def recordable(self, store: KVStore) -> bool:
+        """Whether what `trunk` launches depends on the batch's shapes and its longest context alone, and reads all
+        else from the batch's tensors: then the same launches serve any batch whose tensors lie at the same addresses.
+        """
+        ...
+
+    def trunk(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Every layer, K/V written: the residual stream before the final norm [tokens, hidden], and the taps."""
+        ...
+
+    def logits(self, hidden: Tensor, batch: StepBatch) -> Tensor:
+        """Of the tokens at batch.sample_index, then batch.score_index, of a trunk's hidden states; float32."""
         ...

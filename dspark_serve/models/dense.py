@@ -226,6 +226,17 @@ class DenseModel:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> TargetOutput:
         """See TargetModel. Taps [tokens, len(taps) * hidden] come in the model's dtype."""
+        hidden, tapped = self.trunk(batch, store, taps)
+        return TargetOutput(self.logits(hidden, batch), tapped)
+
+    def recordable(self, store: KVStore) -> bool:
+        """See StagedModel: attention by kernels reads the batch's tensors, the one in plain torch its host integers."""
+        head_dim, keys = self.config.head_dim, store.keys[: len(self._layers)]
+        return all(runs_native(self._kernels, self._embed.new_empty(0, head_dim), each, head_dim) for each in keys)
+
+    @torch.inference_mode()
+    def trunk(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """See StagedModel."""
         for tap in taps:
             if not -1 <= tap < self.config.num_layers:
                 raise ValueError(
@@ -238,10 +249,16 @@ class DenseModel:
             tapped = self._run_stack(self._stack, hidden, batch, meta, store, taps)
         else:
             hidden, tapped = self._run_layers(hidden, batch, meta, store, taps)
+        return hidden, tapped
+
+    def logits(self, hidden: Tensor, batch: StepBatch) -> Tensor:
+        """See StagedModel."""
         wanted = batch.sample_index
         if batch.score_index is not None:
             wanted = torch.cat([wanted, batch.score_index])
-        return TargetOutput(self._logits(hidden.index_select(0, wanted)), tapped)
+        if not wanted.shape[0]:
+            return torch.empty((0, self.config.vocab_size), device=hidden.device)
+        return self.lm_head(self._norm(hidden.index_select(0, wanted)))
 
     def _run_stack(
         self, stack: DecoderStack, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]
@@ -270,11 +287,6 @@ class DenseModel:
 
     def lm_head_blocks(self, ids: Tensor) -> BlockWeight | None:
         return self._head.packed.rows(ids) if isinstance(self._head, NativeLinear) else None
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if not hidden.shape[0]:
-            return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self.lm_head(self._norm(hidden))
 
 
 class _Attention:

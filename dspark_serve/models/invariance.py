@@ -5,6 +5,7 @@ Must not know: requests, schedulers, drafters; how a model computes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def probe_batch(chunks: Sequence[Chunk], page_size: int, device: torch.device | 
     def whole(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    count = len(tokens)
+    count, contexts = len(tokens), tuple(chunk.start + len(chunk.tokens) for chunk in chunks)
     zeros = torch.zeros(count, device=device)
     sampling = SamplingBatch(
         temperature=zeros,
@@ -59,8 +60,9 @@ def probe_batch(chunks: Sequence[Chunk], page_size: int, device: torch.device | 
         positions=whole(positions),
         slots=whole(slots),
         page_table=whole(table),
+        spans=whole([[0, *itertools.accumulate(lens)][:-1], lens, contexts]),
         query_lens=lens,
-        context_lens=tuple(chunk.start + len(chunk.tokens) for chunk in chunks),
+        context_lens=contexts,
         sample_index=torch.arange(count, device=device),
         sample_lens=lens,
         drafts=whole(drafts).reshape(len(chunks), kept),

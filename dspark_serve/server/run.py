@@ -148,7 +148,8 @@ def startup_lines(info: EngineInfo, service: Service, host: str, port: int) -> l
         path, body = "/v1/completions", {"prompt": [1, 2, 3], "return_token_ids": True}
     key = " -H 'Authorization: Bearer '$KEY" if service.config.server.api_key else ""
     return [
-        f"model        {service.model_name}: {info.architecture}, {info.dtype} on {info.device}, {info.backend}",
+        f"model        {service.model_name}: {info.architecture}, {info.dtype} on {info.device}, {info.backend}"
+        + (f", CUDA graphs up to {info.graph_tokens} tokens" if info.graph_tokens else ""),
         f"K/V pool     {info.pool_tokens:,} tokens ({info.kv_bytes / 2**20:,.0f} MiB), "
         f"{lengths:.1f} requests at the full length of {info.max_model_len:,}",
         f"speculation  {drafts} ({info.verify_mode})",

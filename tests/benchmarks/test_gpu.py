@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dspark_serve.engine.recorders import EagerRecorder
 from dspark_serve.models.loader import load_model, resolve
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -83,8 +84,30 @@ def test_energy_that_cannot_be_read_is_said_so(monkeypatch):
     assert gpu.energy_meter() == "not measured: nvidia-ml-py is not installed"
 
 
-def test_graphs_are_not_claimed():
-    assert gpu.GRAPHS == "not measured: CUDA graphs are not built yet"
+def test_graphs_are_measured_beside_the_same_steps_without(tmp_path, monkeypatch):
+    """Rehearsed on the CPU, with a recorder that calls again: every step is run both ways, and padded as it should."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    path = shapes.write_checkpoint(tmp_path / "model", SMALL, 1)
+    model = load_model(resolve(str(path)), "float32", "cpu")
+    if model.recordable(gpu.step_store(model)):
+        gains = gpu.graph_gains(model, EagerRecorder(), 1)
+        assert list(gains) == [f"{rows} x {tokens}" for rows, tokens in gpu.STEPS]
+        assert all(gain.speedup == gain.eager.median / gain.graph.median > 0 for gain in gains.values())
+    plain = load_model(resolve(str(path)), "float32", "cpu", kernels="torch")
+    assert gpu.graph_gains(plain, EagerRecorder(), 1).startswith("not measured: attention runs in plain torch")
+
+
+def test_graphs_that_do_not_hold_are_not_measured(tmp_path, monkeypatch):
+    class Stale(EagerRecorder):
+        def record(self, call):
+            first = call()
+            return lambda: first
+
+    path = shapes.write_checkpoint(tmp_path / "model", SMALL, 1)
+    model = load_model(resolve(str(path)), "float32", "cpu")
+    if not model.recordable(gpu.step_store(model)):
+        pytest.skip("needs the C++ kernels, which were not built here")
+    assert gpu.graph_gains(model, Stale(), 1).startswith("not measured: CUDA graphs of steps of up to 1 tokens differ")
 
 
 def test_without_cuda_it_says_so_in_a_sentence(tmp_path):

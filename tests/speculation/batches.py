@@ -49,6 +49,7 @@ def step_batch(
         positions=empty,
         slots=empty,
         page_table=empty,
+        spans=empty,
         query_lens=tuple(len(d) + 1 for d in drafts),
         context_lens=tuple(len(d) + 9 for d in drafts),
         sample_index=torch.arange(n),
