@@ -182,7 +182,6 @@ class Bench:
         pipe = Pipe(
             [
                 self._python,
-                "-P",
                 str(HERE / "llama_process.py"),
                 str(self._files[weights]),
                 str(torch.get_num_threads()),
