@@ -94,29 +94,23 @@ def our_side(dtype: str, method: str | None) -> Side:
     return run
 
 
-def widened(source: Path) -> Path:
-    """A GGUF file of the weights that `source`'s blocks stand for, in float32, with all else copied."""
-
-    def build(target: Path) -> None:
-        reader = GGUFReader(source)
-        architecture = reader.fields["general.architecture"].contents()
-        writer = GGUFWriter(target / "f32.gguf", architecture)
-        for name, field in reader.fields.items():
-            if name.startswith("GGUF.") or name == "general.architecture":
-                continue
-            element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            value = 0 if name == "general.file_type" else field.contents()  # 0: all float32
-            writer.add_key_value(name, value, field.types[0], sub_type=element)
-        for tensor in reader.tensors:
-            writer.add_tensor(
-                tensor.name, dequantize(tensor.data, tensor.tensor_type), raw_dtype=GGMLQuantizationType.F32
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return cached(f"{MODEL}-{CATALOG[MODEL].member_sha256[:12]}-f32-gguf", build) / "f32.gguf"
+def widen(source: Path, target: Path) -> None:
+    """Write at `target` the weights that `source`'s blocks stand for, in float32; both GGUF, all else is copied."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":  # the writer's own
+            continue
+        element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        value = 0 if name == "general.file_type" else field.contents()  # 0: all float32
+        writer.add_key_value(name, value, field.types[0], sub_type=element)
+    for tensor in reader.tensors:
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, weights, raw_dtype=GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def in_turns(items: Sequence[Sequence[list[int]]], new_tokens: int, sides: dict[str, Side]) -> list[dict[str, Run]]:
@@ -168,7 +162,9 @@ class Bench:
         directory = resolve(MODEL).path
         source = directory / Path(CATALOG[MODEL].member).name
         self._python = python
-        self._files = {"F32": widened(source), "Q4_1": source}
+        key = f"{MODEL}-{CATALOG[MODEL].member_sha256[:12]}-f32-gguf"
+        wide = cached(key, lambda folder: widen(source, folder / "f32.gguf")) / "f32.gguf"
+        self._files = {"F32": wide, "Q4_1": source}
         tokenizer = AutoTokenizer.from_pretrained(directory)
 
         def encode(text: str) -> list[int]:
