@@ -47,20 +47,22 @@ class DSparkHead(Head):
     def keeps_taps(self) -> bool:
         """Whether taps are kept in the store until a draft needs them. Where weights are quick to read and looking at
         slots would make the device wait, context is written at once instead."""
-        return self.hidden_norm.weight.device.type == "cpu"
+        return self.hidden_norm.weight.device.type == "cpu" and self.kernels != "triton"
 
-    def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore, first_layer: int) -> None:
-        """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions and slots [n] int64.
+    def write_context(
+        self, taps: Tensor, positions: Tensor, slots: Tensor, stop: int, store: KVStore, first_layer: int
+    ) -> None:
+        """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions [n] int64 < stop, slots [n] int64.
 
         The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
         """
         if self.native is not None and taps.dtype == store.keys[first_layer].dtype == torch.float32:
             layers = slice(first_layer, first_layer + self.config.num_layers)
-            rotary = positions, self.rotary.table(int(positions.max()) + 1)
+            rotary = positions, self.rotary.table(stop)
             self.native.context(taps, slots, rotary, store.keys[layers], store.values[layers])
             return
         context = self.hidden_norm(self.fc(taps))  # [n, hidden]
-        cos, sin = self.rotary.at(positions, int(positions.max()) + 1)
+        cos, sin = self.rotary.at(positions, stop)
         for index, layer in enumerate(self.layers):
             k, v = layer.keys_values(context)
             dtype = store.keys[first_layer + index].dtype
@@ -92,7 +94,7 @@ class DSparkHead(Head):
     def _spans(self, rows: DraftRows) -> Tensor:
         """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
         size = self.config.block_size
-        first = torch.arange(0, rows.anchors.shape[0] * size, size)
+        first = torch.arange(0, rows.anchors.shape[0] * size, size, device=rows.anchors.device)
         return torch.stack([first, torch.full_like(first, size), rows.start + size])
 
     def _attention(self, rows: DraftRows, positions: Tensor, store: KVStore) -> Callable[..., Tensor]:
@@ -179,7 +181,7 @@ class DSparkDrafter:
             index = committed(batch, verdict)
             fresh = taps[index], batch.positions[index], batch.slots[index]
         if not self._head.keeps_taps:
-            return self._head.write_context(*fresh, self._store, self._first_layer)
+            return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
         taps, positions, slots = fresh
         kept = self._kept_taps()
         kept.index_copy_(0, slots, taps.to(kept.dtype))
@@ -207,7 +209,8 @@ class DSparkDrafter:
     def _write(self, slots: Ints, positions: Ints) -> None:
         where = torch.from_numpy(slots)
         taps = self._kept_taps().index_select(0, where)
-        self._head.write_context(taps, torch.from_numpy(positions), where, self._store, self._first_layer)
+        place, stop = torch.from_numpy(positions), int(positions.max()) + 1
+        self._head.write_context(taps, place, where, stop, self._store, self._first_layer)
         self._owed[slots] = False
 
     def _kept_taps(self) -> Tensor:

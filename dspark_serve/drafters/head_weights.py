@@ -32,13 +32,13 @@ class HeadWeights:
     def __init__(self, tensors: Mapping[str, Tensor], target: TargetModel) -> None:
         self._tensors = dict(tensors)
         self._dtype, self._device = target.info.dtype, target.device
-        self.ops = operations(self._dtype, self._device, "auto" if target.info.native else "torch")
+        self.ops = operations(self._dtype, self._device, target.info.kernels)
         self.num_bytes = 0
 
     def peek(self, name: str, *shape: int, as_stored: bool = False) -> Tensor | None:
         """The tensor as it is served, not counted yet; None if the checkpoint lacks it. HeadError if misshapen.
 
-        as_stored: bfloat16 stays so where the kernels widen it as they read it, for linears only.
+        as_stored: bfloat16 stays so where the C++ kernels widen it as they read it, for linears only.
         """
         stored = self._tensors.get(name)
         if stored is None:
@@ -49,7 +49,7 @@ class HeadWeights:
             return stored.to(self._device, torch.int64)
         if not stored.sum(dtype=torch.float32).isfinite():
             raise HeadError(f"the head's {name} holds values that are not finite")
-        if as_stored and self.ops.kernels is not None and stored.dtype == torch.bfloat16:
+        if as_stored and self.ops.library is not None and stored.dtype == torch.bfloat16:
             return stored.clone()  # the file's memory is mapped
         return stored.to(self._device, self._dtype, copy=True)
 
