@@ -38,8 +38,8 @@ class ModelConfig(Section):
     device: str = Field(default="auto", description="auto: cuda when available, else cpu.")
     kernels: Literal["auto", "torch", "triton"] = Field(
         default="auto",
-        description="auto: on a CPU the C++ kernels where they were built, on a GPU Triton's where they can run; torch: "
-        "none; triton: those, or an error.",
+        description="auto: on a CPU the C++ kernels where they were built, on a GPU Triton's where they can run; "
+        "torch: none; triton: Triton's, or an error that says why not.",
     )
 
 

@@ -12,6 +12,7 @@ from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.build import rule_for
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
@@ -146,7 +147,7 @@ def make_engine(
         eos_token_ids=(),
     )
     runner = Runner(model, store, drafter.taps)
-    return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner)
+    return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner, rule_for(model))
 
 
 def make_request(name, prompt, seed=0, **params):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, lar
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
+if TYPE_CHECKING:
+    from dspark_serve.drafters.triton_head import TritonSampler
+
 Ints = npt.NDArray[np.int64]
 
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
@@ -36,6 +40,15 @@ class DSparkHead(Head):
     @cached_property
     def native(self) -> NativeHead | None:
         return NativeHead.of(self)
+
+    @cached_property
+    def triton(self) -> TritonSampler | None:
+        """Only where the head runs by Triton."""
+        if self.kernels != "triton":
+            return None
+        from dspark_serve.drafters.triton_head import TritonSampler  # imports Triton, which need not be there
+
+        return TritonSampler.of(self)
 
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
@@ -134,6 +147,8 @@ class DSparkDrafter:
         width = max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
         hidden = head.block(batch, store, self._first_layer)[:, :width]
+        if head.triton is not None and head.triton.draws(batch, self._mode):
+            return head.triton(head.base_logits(hidden.contiguous()), hidden, batch, self._mode)
         sampler, sampling = None if head.native is None else head.native.sampler, batch.sampling
         if sampler is not None and (sampling.all_greedy or (self._mode == "coupled" and not sampling.any_filter)):
             return self._draw_block(sampler, hidden, batch)

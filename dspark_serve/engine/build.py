@@ -35,6 +35,7 @@ from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_
 from dspark_serve.speculation.calibrate import Calibrator, stored_maps
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.types import EngineInfo
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
@@ -139,9 +140,18 @@ def _assemble(
     )
     info = _engine_info(config, path, model, store, scheduler, plan)
     info = replace(info, row_invariant=row_invariant, warnings=warnings)
-    runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
-    budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
-    return Engine(info, scheduler, drafter, budget, batcher, runner)
+    runner, batcher, rule = Runner(model, store, drafter.taps), Batcher(page_size, model.device), rule_for(model)
+    budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner, rule))
+    return Engine(info, scheduler, drafter, budget, batcher, runner, rule)
+
+
+def rule_for(model: TargetModel) -> Rule:
+    """How drafts are accepted: by the kernels that run the model, where they have the rule."""
+    if model.info.kernels != "triton":
+        return verify
+    from dspark_serve.speculation.triton_verify import verify as fused  # imports Triton, which need not be there
+
+    return fused
 
 
 def _tested(

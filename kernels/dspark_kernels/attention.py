@@ -1,4 +1,4 @@
-"""What a model asks of attention kernels, whichever they are: C++ in main memory (native.py), Triton on a GPU (triton/).
+"""What a model asks of attention kernels, whichever they are: those in C++ (native.py) or in Triton (triton/).
 
 Must not know: requests, models, what the rows are for.
 """
