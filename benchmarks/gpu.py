@@ -125,7 +125,7 @@ def step_seconds(model: TargetModel, rows: int, tokens: int, repeats: int) -> li
 
 
 def step_shares(peaks: Peaks, layers: int, repeats: int) -> dict[str, Share]:
-    """The engine's forward as it is now, by rows and tokens per row; its attention is torch's."""
+    """The engine's forward by the kernels that serve here unless told otherwise, by rows and tokens per row."""
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write_checkpoint(Path(directory) / "qwen3", SHAPE, layers)
         model = load_model(resolve(str(path)), "bfloat16", DEVICE.type)
