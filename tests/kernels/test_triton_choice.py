@@ -49,6 +49,15 @@ def test_a_gpu_they_are_not_for(gpu, capability, hip, reason, caplog):
         layers.operations(torch.float32, CUDA, "triton")
 
 
+def test_another_gpu_than_the_first(gpu):
+    """Which would be given pointers into the memory of another."""
+    gpu((9, 0))
+    assert layers.operations(torch.float32, torch.device("cuda:0")).choice == "triton"
+    assert layers.operations(torch.float32, torch.device("cuda:1")).choice == "torch"
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES, not as cuda:1"):
+        layers.operations(torch.float32, torch.device("cuda:1"), "triton")
+
+
 def test_without_triton(gpu, monkeypatch, caplog):
     gpu((9, 0))
     monkeypatch.setattr(triton, "available", lambda: False)

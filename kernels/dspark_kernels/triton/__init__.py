@@ -29,6 +29,8 @@ def obstacle(device: torch.device) -> str | None:
         return None if interpreted else "a GPU is needed, or TRITON_INTERPRET=1 to interpret them on a CPU, very slowly"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"they are made for NVIDIA GPUs, not for {device}"
+    if device.index:  # Triton launches on a thread's current device, and every thread begins with the first
+        return f"they run on the first GPU torch sees: choose yours by CUDA_VISIBLE_DEVICES, not as {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST))
