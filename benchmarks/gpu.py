@@ -141,7 +141,7 @@ def wall_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[li
 
 
 def step_model(layers: int) -> TargetModel:
-    """The engine's own, of random weights."""
+    """Of random weights, with the kernels that serve here unless told otherwise."""
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write_checkpoint(Path(directory) / "qwen3", SHAPE, layers)
         return load_model(resolve(str(path)), "bfloat16", DEVICE.type)

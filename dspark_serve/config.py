@@ -36,8 +36,10 @@ class ModelConfig(Section):
         default=None, description="Jinja file, or template text, instead of the tokenizer's."
     )
     device: str = Field(default="auto", description="auto: cuda when available, else cpu.")
-    kernels: Literal["auto", "torch"] = Field(
-        default="auto", description="auto: the C++ kernels where they were built; torch: never."
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        default="auto",
+        description="auto: on a CPU the C++ kernels where they were built, on a GPU Triton's where they can run; "
+        "torch: none; triton: Triton's, or an error that says why not.",
     )
 
 

@@ -11,7 +11,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_serve.types import RowResult, TokenLogprobs
+from dspark_serve.types import GREEDY_TEMPERATURE, RowResult, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class DraftLogits:
+    """Draft distributions that nobody has written out: softmax(logits / temperature), one-hot for greedy rows."""
+
+    logits: Tensor  # [rows, width, vocab] float32
+    log_mass: Tensor  # [rows, width] float32: logsumexp of logits / temperature
+    temperature: Tensor  # [rows] float32
+
+    def probs(self) -> Tensor:
+        """[rows, width, vocab] float32."""
+        greedy = self.temperature <= GREEDY_TEMPERATURE
+        divisor = self.temperature.masked_fill(greedy, 1.0)[:, None, None]
+        probs = (self.logits / divisor).sub_(self.log_mass.unsqueeze(-1)).exp_()
+        best = torch.zeros_like(probs).scatter_(-1, self.logits.argmax(-1, keepdim=True), 1.0)
+        return torch.where(greedy[:, None, None], best, probs)
+
+    def first(self, width: int) -> DraftLogits:
+        """Those of the first `width` slots."""
+        return DraftLogits(self.logits[:, :width], self.log_mass[:, :width], self.temperature)
+
+    def placed(self, index: Tensor, rows: int) -> DraftLogits:
+        """As rows `index` [n] int64 of more; the others are of no use."""
+        parts = self.logits, self.log_mass, self.temperature
+        return DraftLogits(*(x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x) for x in parts))
+
+
+DraftProbs = Tensor | DraftLogits  # [rows, width, vocab] float32, written out or not
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,7 @@ class StepBatch:
     sample_index: Tensor  # [samples] int64, index into tokens
     sample_lens: tuple[int, ...]  # [rows] 0, or 1 + kept drafts
     drafts: Tensor  # [rows, max_kept] int64, padded with -1
-    draft_probs: Tensor | None  # [rows, max_kept, vocab] float32; None: every draft was certain (one-hot)
+    draft_probs: DraftProbs | None  # [rows, max_kept, vocab]; None: every draft was certain (one-hot)
     sampling: SamplingBatch
     logprobs: tuple[int | None, ...]  # [rows] alternatives asked for per row
     score_index: Tensor | None = None  # [scores] int64, index into tokens: prompt positions to score
@@ -94,7 +123,7 @@ class Proposal:
 
     tokens: Tensor  # [rows, width] int64, padded with -1
     n_draft: tuple[int, ...]  # [rows]
-    draft_probs: Tensor | None = None  # [rows, width, vocab] float32; None: every draft is certain (one-hot)
+    draft_probs: DraftProbs | None = None  # [rows, width, vocab]; None: every draft is certain (one-hot)
     confidence: Tensor | None = None  # [rows, width] float32, probability of acceptance given the drafts before
     drafters: tuple[str, ...] | None = None  # [rows] who drafted a row; None: the engine's one drafter did
     largest: Tensor | None = None  # [rows, width] float32, largest draft probability, of the logits as they are
@@ -123,7 +152,8 @@ class Proposal:
 
         tokens = place(self.tokens, -1)
         assert tokens is not None
-        probs, confidence = place(self.draft_probs, 0.0), place(self.confidence, 0.0)
+        confidence, drawn = place(self.confidence, 0.0), self.draft_probs
+        probs = drawn.placed(where, rows) if isinstance(drawn, DraftLogits) else place(drawn, 0.0)
         return Proposal(tokens, tuple(n_draft), probs, confidence, largest=place(self.largest, 0.0))
 
     def trim(self, kept: Sequence[int]) -> Proposal:
@@ -135,10 +165,13 @@ class Proposal:
         width = max(kept, default=0)
         limit = torch.tensor(kept, device=self.tokens.device).unsqueeze(1)
         keep = torch.arange(width, device=self.tokens.device) < limit  # [rows, width]
+        probs = self.draft_probs
+        if probs is not None:
+            probs = probs.first(width) if isinstance(probs, DraftLogits) else probs[:, :width]
         return Proposal(
             self.tokens[:, :width].masked_fill(~keep, -1),
             tuple(kept),
-            None if self.draft_probs is None else self.draft_probs[:, :width],
+            probs,
             None if self.confidence is None else self.confidence[:, :width],
             self.drafters,
             None if self.largest is None else self.largest[:, :width],

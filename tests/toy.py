@@ -12,6 +12,7 @@ from dspark_serve.drafters.base import DrafterPlan
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.build import rule_for
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.graphs import StepGraphs
 from dspark_serve.engine.padding import Limits
@@ -153,7 +154,7 @@ def make_engine(
     )
     graphs = recorder and StepGraphs(model, store, drafter.taps, Limits(seqs, tokens, length), recorder)
     runner = Runner(model, store, drafter.taps, graphs)
-    return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner)
+    return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner, rule_for(model))
 
 
 def make_request(name, prompt, seed=0, **params):

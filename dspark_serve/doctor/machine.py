@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dspark_kernels import native
+from dspark_kernels import native, triton
 from dspark_serve.doctor.findings import Finding
 from dspark_serve.engine.remembered import device_name
 from dspark_serve.models.catalog import cache_dir
@@ -58,6 +58,7 @@ class Machine:
     gpu_gib: float
     driver: str | None  # of NVIDIA, asked of nvidia-smi
     triton: str | None
+    triton_obstacle: str | None  # what keeps its kernels from that GPU
 
 
 def look() -> Machine:
@@ -91,6 +92,7 @@ def look() -> Machine:
         gpu_gib=torch.cuda.mem_get_info()[1] / _GIB if gpu else 0.0,
         driver=_driver(),
         triton=_version("triton"),
+        triton_obstacle=triton.obstacle(place) if gpu else None,
     )
 
 
@@ -178,7 +180,11 @@ def _disk(machine: Machine) -> Finding:
 def _gpu(machine: Machine, device: str) -> Finding:
     software = f"torch {machine.torch}, CUDA {machine.torch_cuda or 'none'}, Triton {machine.triton or 'none'}"
     if machine.gpu is not None:
-        return Finding("gpu", "ok", f"{machine.gpu}, {machine.gpu_gib:.0f} GiB, driver {machine.driver}; {software}")
+        found = f"{machine.gpu}, {machine.gpu_gib:.0f} GiB, driver {machine.driver}; {software}"
+        if machine.triton_obstacle is not None:
+            found += ": without the Triton kernels torch serves instead, slower"
+            return Finding("gpu", "warn", found, machine.triton_obstacle)
+        return Finding("gpu", "ok", found)
     advice = "pip install -e '.[gpu]', without constraints.txt, brings the CUDA build of torch"
     if machine.torch_cuda is not None:
         advice = "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"

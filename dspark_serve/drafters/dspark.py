@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, lar
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
+if TYPE_CHECKING:
+    from dspark_serve.drafters.triton_head import TritonSampler
+
 Ints = npt.NDArray[np.int64]
 
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
@@ -39,6 +43,15 @@ class DSparkHead(Head):
     def native(self) -> NativeHead | None:
         return NativeHead.of(self)
 
+    @cached_property
+    def triton(self) -> TritonSampler | None:
+        """Only where the head runs by Triton."""
+        if self.kernels != "triton":
+            return None
+        from dspark_serve.drafters.triton_head import TritonSampler  # imports Triton, which need not be there
+
+        return TritonSampler.of(self)
+
     @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
         context = (LayerGeometry(self.config.kv_heads, self.config.head_dim),) * self.config.num_layers
@@ -49,7 +62,7 @@ class DSparkHead(Head):
     def keeps_taps(self) -> bool:
         """Whether taps are kept in the store until a draft needs them. Where weights are quick to read and looking at
         slots would make the device wait, context is written at once instead."""
-        return self.hidden_norm.weight.device.type == "cpu"
+        return self.hidden_norm.weight.device.type == "cpu" and self.kernels != "triton"
 
     @property
     def recordable(self) -> bool:
@@ -58,18 +71,20 @@ class DSparkHead(Head):
         kernels, width = self.layers[0].kernels, self.config.head_dim
         return kernels is not None and kernels.attends(width, width)
 
-    def write_context(self, taps: Tensor, positions: Tensor, slots: Tensor, store: KVStore, first_layer: int) -> None:
-        """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions and slots [n] int64.
+    def write_context(
+        self, taps: Tensor, positions: Tensor, slots: Tensor, stop: int, store: KVStore, first_layer: int
+    ) -> None:
+        """Draft K/V of committed tokens: taps [n, len(taps) * hidden], positions [n] int64 < stop, slots [n] int64.
 
         The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
         """
         if self.native is not None and taps.dtype == store.keys[first_layer].dtype == torch.float32:
             layers = slice(first_layer, first_layer + self.config.num_layers)
-            rotary = positions, self.rotary.table(int(positions.max()) + 1)
+            rotary = positions, self.rotary.table(stop)
             self.native.context(taps, slots, rotary, store.keys[layers], store.values[layers])
             return
         context = self.hidden_norm(self.fc(taps))  # [n, hidden]
-        cos, sin = self.rotary.at(positions, int(positions.max()) + 1)
+        cos, sin = self.rotary.at(positions, stop)
         for index, layer in enumerate(self.layers):
             k, v = layer.keys_values(context)
             dtype = store.keys[first_layer + index].dtype
@@ -153,6 +168,8 @@ class DSparkDrafter:
         width = max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
         hidden = self._block(batch)[:, :width]
+        if head.triton is not None and head.triton.draws(batch, self._mode):
+            return head.triton(head.base_logits(hidden.contiguous()), hidden, batch, self._mode)
         sampler, sampling = None if head.native is None else head.native.sampler, batch.sampling
         if sampler is not None and (sampling.all_greedy or (self._mode == "coupled" and not sampling.any_filter)):
             return self._draw_block(sampler, hidden, batch)
@@ -200,7 +217,7 @@ class DSparkDrafter:
             index = committed(batch, verdict)
             fresh = taps[index], batch.positions[index], batch.slots[index]
         if not self._head.keeps_taps:
-            return self._head.write_context(*fresh, self._store, self._first_layer)
+            return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
         taps, positions, slots = fresh
         kept = self._kept_taps()
         kept.index_copy_(0, slots, taps.to(kept.dtype))
@@ -229,7 +246,8 @@ class DSparkDrafter:
     def _write(self, slots: Ints, positions: Ints) -> None:
         where = torch.from_numpy(slots)
         taps = self._kept_taps().index_select(0, where)
-        self._head.write_context(taps, torch.from_numpy(positions), where, self._store, self._first_layer)
+        place, stop = torch.from_numpy(positions), int(positions.max()) + 1
+        self._head.write_context(taps, place, where, stop, self._store, self._first_layer)
         self._owed[slots] = False
 
     def _kept_taps(self) -> Tensor:

@@ -41,6 +41,7 @@ class Head:
     markov: MarkovHead | None
     confidence: ConfidenceHead | None
     draft_vocab: Tensor | None  # [n] int64, ascending
+    kernels: str  # as the target's: "auto", "torch" or "triton"
 
     @classmethod
     def from_weights(cls, config: HeadConfig, weights: HeadWeights, target: TargetModel) -> Self:
@@ -62,6 +63,7 @@ class Head:
             markov=MarkovHead(c, weights) if c.markov_rank else None,
             confidence=ConfidenceHead(c, weights) if c.confidence else None,
             draft_vocab=draft_vocab,
+            kernels=weights.ops.choice,
         )
         weights.check_empty()
         return head

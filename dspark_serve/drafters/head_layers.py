@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels.native import Kernels, PackedWeight
+from dspark_kernels.attention import AttentionKernels
+from dspark_kernels.native import PackedWeight
 from dspark_serve.cache.store import KVStore
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
@@ -49,8 +50,8 @@ class HeadLayer:
     k_norm: RMSNorm
     v_norm: RMSNorm | None  # Gemma 4, without a weight
     finish: Finish  # out-projection and MLP: (heads * head_dim, hidden_size) -> hidden_size
-    kernels: Kernels | None  # that attention within a block may use
-    qkv: PackedWeight | None  # both projections as one, where the kernels have them so
+    kernels: AttentionKernels | None  # that attention within a block may use
+    qkv: PackedWeight | None  # both projections as one, where the C++ kernels have them so
 
     @staticmethod
     def load(config: HeadConfig, weights: HeadWeights, layer: int, width: int) -> HeadLayer:
@@ -68,7 +69,7 @@ class HeadLayer:
             k_norm=weights.norm(f"{attention}k_norm.weight", c.head_dim, c.norm_eps),
             v_norm=RMSNorm(weights.ones(c.head_dim), c.norm_eps) if gemma else None,
             finish=(_gemma_finish if gemma else _qwen_finish)(c, weights, prefix),
-            kernels=weights.ops.kernels,
+            kernels=weights.ops.attention,
             qkv=qkv,
         )
 
@@ -79,7 +80,7 @@ class HeadLayer:
     def attend_block(
         self, x: Tensor, positions: Tensor, table: Tensor, rows: DraftRows, spans: Tensor, store: KVStore, layer: int
     ) -> Tensor:
-        """By the C++ kernels, from normed input x [n, width]; see `attend`.
+        """By the kernels, from normed input x [n, width]; see `attend`.
 
         positions [n] index the rotary table; spans [3, rows]: each row's first token, tokens, and keys it sees.
         """
@@ -146,18 +147,18 @@ class HeadLayer:
 def _projections(
     config: HeadConfig, weights: HeadWeights, prefix: str, width: int
 ) -> tuple[Linear, Linear, PackedWeight | None]:
-    """Queries, keys with values, and both as one weight where the kernels can share it."""
+    """Queries, keys with values, and both as one weight where the C++ kernels can share it."""
     c, q_width, kv_width = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
     parts = {f"{prefix}q_proj": q_width, f"{prefix}k_proj": kv_width}
     if not c.k_eq_v:
         parts[f"{prefix}v_proj"] = kv_width
     weight, bias = weights.affine(parts, width, c.attention_bias)
     assert isinstance(weight, Tensor)  # heads come as safetensors
-    if weights.ops.kernels is not None:
-        joint = PackedWeight(weights.ops.kernels, weight, bias, gated=False)
+    if weights.ops.library is not None:
+        joint = PackedWeight(weights.ops.library, weight, bias, gated=False)
         q, kv = joint.part(0, q_width), joint.part(q_width, joint.outputs)
         if q is not None and kv is not None:
-            linears = (NativeLinear(weights.ops.kernels, part, norm=None) for part in (q, kv))
+            linears = (NativeLinear(weights.ops.library, part, norm=None) for part in (q, kv))
             return next(linears), next(linears), joint
     biases = (None, None) if bias is None else (bias[:q_width], bias[q_width:])
     return weights.ops.linear(weight[:q_width], biases[0]), weights.ops.linear(weight[q_width:], biases[1]), None

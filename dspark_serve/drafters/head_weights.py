@@ -33,7 +33,7 @@ class HeadWeights:
     def __init__(self, tensors: Mapping[str, Tensor], target: TargetModel) -> None:
         self._tensors = dict(tensors)
         self._dtype, self._device = target.info.dtype, target.device
-        self.ops = operations(self._dtype, self._device, "auto" if target.info.native else "torch")
+        self.ops = operations(self._dtype, self._device, target.info.kernels)
         self.num_bytes = 0
 
     def peek(self, name: str, *shape: int, as_stored: bool = False) -> Tensor | None:
@@ -50,7 +50,7 @@ class HeadWeights:
             return stored.to(self._device, torch.int64)
         if not stored.sum(dtype=torch.float32).isfinite():
             raise HeadError(f"the head's {name} holds values that are not finite")
-        if as_stored and self.ops.kernels is not None and stored.dtype in STORED:
+        if as_stored and self.ops.library is not None and stored.dtype in STORED:
             return stored.clone()  # the file's memory is mapped
         return stored.to(self._device, self._dtype, copy=True)
 

@@ -13,7 +13,7 @@ from dspark_kernels.heads import MarkovSampler
 from dspark_kernels.native import Kernels
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
-from dspark_serve.models.layers import Linear, NativeLinear
+from dspark_serve.models.layers import Linear, NativeLinear, PlainLinear
 
 
 class MarkovHead:
@@ -37,6 +37,12 @@ class MarkovHead:
             return None
         told = None if confidence is None else confidence.joined(self._rank)
         return MarkovSampler(kernels, self._w1.contiguous(), self._w2.packed, told)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """w1 [vocab, rank] and w2 [drafted tokens, rank], contiguous, where nothing else decides the bias."""
+        if self._type != "vanilla" or not isinstance(self._w2, PlainLinear):
+            return None
+        return self._w1.contiguous(), self._w2.weight.contiguous()
 
     def embed(self, previous: Tensor) -> Tensor:
         """w1 rows of the previous tokens: [rows] int64 -> [rows, rank]."""

@@ -24,9 +24,10 @@ class NativeHead:
     @staticmethod
     def of(head: Head) -> NativeHead | None:
         """None where the kernels are not built, or lack what the head's family or widths need."""
-        c, kernels, fc = head.config, head.layers[0].kernels, head.fc
-        if kernels is None or not isinstance(fc, NativeLinear) or c.family != "qwen3" or c.k_eq_v:
+        c, fc = head.config, head.fc
+        if not isinstance(fc, NativeLinear) or c.family != "qwen3" or c.k_eq_v:
             return None
+        kernels = fc.kernels
         layers, context = [], []
         for layer in head.layers:
             finish, kv = layer.finish, layer.kv

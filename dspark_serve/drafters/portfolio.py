@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_serve.drafters.base import Drafter
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.tensors import DraftLogits, DraftProbs, Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
 
 Floats = npt.NDArray[np.float64]
@@ -184,10 +185,9 @@ def _merge(
     rates = torch.from_numpy(confidence[:, :width].astype(np.float32)).to(device)
     largest = torch.zeros((rows, width), device=device)
     n_draft = [0] * rows
-    probs = None
-    if drawn is not None and drawn.draft_probs is not None:
-        probs = drawn.draft_probs.new_zeros((rows, width, drawn.draft_probs.shape[-1]))
-        probs[list(neural), : drawn.tokens.shape[1]] = drawn.draft_probs
+    probs = None if drawn is None else drawn.draft_probs
+    if probs is not None and copied is not None:
+        probs = _with_certain(probs, neural, copied, looked_up, rows, width)
     for part, index in ((drawn, neural), (copied, looked_up)):
         if part is None:
             continue
@@ -199,8 +199,16 @@ def _merge(
             rates[list(index), :columns] = part.confidence
         if part.largest is not None:
             largest[list(index), :columns] = part.largest
-    if probs is not None and copied is not None:
-        certain = tokens[list(looked_up)]  # [lookups, width]
-        one_hot = torch.zeros_like(probs[list(looked_up)])
-        probs[list(looked_up)] = one_hot.scatter_(-1, certain.clamp(min=0).unsqueeze(-1), 1.0)
     return Proposal(tokens, tuple(n_draft), probs, rates, names, largest)
+
+
+def _with_certain(
+    drawn: DraftProbs, neural: Sequence[int], copied: Proposal, looked_up: Sequence[int], rows: int, width: int
+) -> Tensor:
+    """The head's probabilities, written out, and one-hot ones of lookups: [rows, width, vocab]."""
+    drawn = drawn.probs() if isinstance(drawn, DraftLogits) else drawn
+    probs = drawn.new_zeros((rows, width, drawn.shape[-1]))
+    probs[list(neural), : drawn.shape[1]] = drawn
+    certain = F.pad(copied.tokens, (0, width - copied.tokens.shape[1])).clamp(min=0)  # [lookups, width]
+    probs[list(looked_up)] = torch.zeros_like(probs[list(looked_up)]).scatter_(-1, certain.unsqueeze(-1), 1.0)
+    return probs

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_serve.tensors import Penalties, Proposal, SamplingBatch, StepBatch
+from dspark_serve.tensors import DraftLogits, DraftProbs, Penalties, Proposal, SamplingBatch, StepBatch
 from dspark_serve.types import Plan, Row, signed_seed
 
 _NEVER = float("-inf")
@@ -78,18 +78,23 @@ class Batcher:
         if not width:
             return drafts
         carrying = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
-        drafts[torch.tensor(carrying, device=self.device), : proposal.tokens.shape[1]] = proposal.tokens
+        tokens = proposal.tokens.to(self.device)  # a lookup's are on the host
+        drafts[torch.tensor(carrying, device=self.device), : tokens.shape[1]] = tokens
         places = self._move(_last_of_each(ends, kept))
         token_ids[places] = drafts[drafts >= 0]  # both in row order, then slot order
         return drafts
 
-    def _spread_probs(self, plan: Plan, proposal: Proposal, drafts: Tensor) -> Tensor | None:
-        if proposal.draft_probs is None or not drafts.shape[1]:
+    def _spread_probs(self, plan: Plan, proposal: Proposal, drafts: Tensor) -> DraftProbs | None:
+        given = proposal.draft_probs
+        if given is None or not drafts.shape[1]:
             return None
-        probs = proposal.draft_probs.new_zeros((*drafts.shape, proposal.draft_probs.shape[-1]))
         carrying = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
-        probs[torch.tensor(carrying, device=self.device)] = proposal.draft_probs
-        return probs
+        if len(carrying) == len(plan.rows):
+            return given
+        index = torch.tensor(carrying, device=self.device)
+        if isinstance(given, DraftLogits):
+            return given.placed(index, len(plan.rows))
+        return given.new_zeros((*drafts.shape, given.shape[-1])).index_copy_(0, index, given)
 
     def _scores(
         self, rows: Sequence[Row], starts: npt.NDArray[np.int64], score_lens: tuple[int, ...]

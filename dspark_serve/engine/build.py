@@ -40,6 +40,7 @@ from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_
 from dspark_serve.speculation.calibrate import Calibrator, stored_maps
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.types import EngineInfo
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
@@ -155,7 +156,7 @@ def _assemble(
         draft_width=_draft_width(config.speculation.budget, drafter.width),
         max_prefill_chunk=config.engine.max_prefill_chunk,
     )
-    runner, batcher = Runner(model, store, drafter.taps), Batcher(page_size, model.device)
+    runner, batcher, rule = Runner(model, store, drafter.taps), Batcher(page_size, model.device), rule_for(model)
     if recorder is not None:
         runner, found = with_graphs(runner, _limits(scheduler), recorder)
         notes.extend(found)
@@ -163,8 +164,17 @@ def _assemble(
     graph_tokens = 0 if runner.graphs is None else runner.graphs.sizes[-1]
     info = replace(info, row_invariant=row_invariant, warnings=tuple(notes), graph_tokens=graph_tokens)
     with Cores(model.device):  # what is measured here holds for steps
-        budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner))
-    return Engine(info, scheduler, drafter, budget, batcher, runner)
+        budget = _budget(config.speculation, plan, Rig(info, scheduler, drafter, batcher, runner, rule))
+    return Engine(info, scheduler, drafter, budget, batcher, runner, rule)
+
+
+def rule_for(model: TargetModel) -> Rule:
+    """How drafts are accepted: by the kernels that run the model, where they have the rule."""
+    if model.info.kernels != "triton":
+        return verify
+    from dspark_serve.speculation.triton_verify import verify as fused  # imports Triton, which need not be there
+
+    return fused
 
 
 def _recorder(device: torch.device) -> Recorder | None:

@@ -19,16 +19,23 @@ from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.sampling import logprob_table
 from dspark_serve.speculation.policies import Budget
-from dspark_serve.speculation.verify import verify
+from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import CostCurve, EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
 
 
 class Engine:
-    """A target, a drafter, a budget and a scheduler, meeting once per step."""
+    """A target, a drafter, a budget and a scheduler, meeting once per step. `rule`: verify.verify, or its equal."""
 
     def __init__(
-        self, info: EngineInfo, scheduler: Scheduler, drafter: Drafter, budget: Budget, batcher: Batcher, runner: Runner
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        drafter: Drafter,
+        budget: Budget,
+        batcher: Batcher,
+        runner: Runner,
+        rule: Rule = verify,
     ) -> None:
         self._cores = Cores(batcher.device)
         self.info = info
@@ -37,6 +44,7 @@ class Engine:
         self.budget = budget
         self.batcher = batcher
         self.runner = runner
+        self.rule = rule
 
     @torch.inference_mode()
     def step(self) -> StepReport:
@@ -58,7 +66,7 @@ class Engine:
         clock.lap("build")
         out = self.runner.run(batch)
         clock.lap("forward")
-        verdict = verify(out.logits, batch, self.info.verify_mode)
+        verdict = self.rule(out.logits, batch, self.info.verify_mode)
         self.drafter.observe(batch, out.taps, verdict)
         results = _results(plan, proposal, batch, verdict, out.logits, self.info.drafter)
         clock.lap("verify")

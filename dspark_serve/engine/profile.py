@@ -25,7 +25,7 @@ from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.catalog import cache_dir
 from dspark_serve.speculation.cost import Point, Profile, load_profile, save_profile
-from dspark_serve.speculation.verify import verify
+from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
 
@@ -48,6 +48,7 @@ class Rig:
     drafter: Drafter
     batcher: Batcher
     runner: Runner
+    rule: Rule = verify
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], flo
         sampling = batch.sampling
         greedy = replace(sampling, all_greedy=True, temperature=torch.zeros_like(sampling.temperature))
         for each in (replace(batch, sampling=greedy), batch):
-            verdict = verify(out.logits, each, rig.info.verify_mode)
+            verdict = rig.rule(out.logits, each, rig.info.verify_mode)
             verdict.to_host()
             marks.append(_now(rig, clock))
         rig.drafter.observe(batch, out.taps, verdict)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dspark_kernels import native
+from dspark_kernels import native, triton
 from dspark_serve.models.catalog import cache_dir
 
 _KEPT_FILES = 64
@@ -60,11 +60,13 @@ def machine(device: torch.device) -> dict[str, object]:
         ours = version("dspark-serve")
     except PackageNotFoundError:  # run from a checkout that is not installed
         ours = "unknown"
+    libraries = file_states(Path(native.__file__).parent, "*.so")
+    sources = file_states(Path(triton.__file__).parent, "*.py") if device.type == "cuda" else []
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "version": f"{ours}, torch {torch.__version__}",
-        "kernels": file_states(Path(native.__file__).parent, "*.so"),
+        "kernels": [*libraries, *sources],
     }
 
 

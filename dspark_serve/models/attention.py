@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dspark_kernels.native import Kernels
+from dspark_kernels.attention import AttentionKernels
 from dspark_serve.cache.store import KVStore
 from dspark_serve.tensors import StepBatch
 
@@ -103,11 +103,11 @@ class AttnMeta:
     query_lens: tuple[int, ...]  # [rows]
     context_lens: tuple[int, ...]  # [rows]
     page_size: int
-    kernels: Kernels | None = None  # None: torch
+    kernels: AttentionKernels | None = None  # None: torch
     _plans: dict[_Shape, _Plan] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def build(batch: StepBatch, page_size: int, kernels: Kernels | None = None) -> AttnMeta:
+    def build(batch: StepBatch, page_size: int, kernels: AttentionKernels | None = None) -> AttnMeta:
         """Raises ValueError when a row's lengths contradict each other or its page table."""
         room = batch.page_table.shape[1] * page_size
         for row, (queries, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
@@ -148,8 +148,8 @@ def attend(
     tokens, heads, head_dim = q.shape
     kv_heads, value_dim = v.shape[1], v.shape[2]
     keys, values = store.keys[layer], store.values[layer]
-    if sinks is None and runs_native(meta.kernels, q, keys, value_dim):
-        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    if runs_native(meta.kernels, q, keys, value_dim, sinks):
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
         return attend_native(q, k, v, layer, meta, store, **options)  # type: ignore[arg-type]
     store.write(layer, meta.slots, k.to(keys.dtype), v.to(values.dtype))
     plan = meta.plan(_Shape(heads, kv_heads, head_dim, value_dim))
@@ -173,10 +173,13 @@ def attend(
     return flat.index_select(0, plan.output_index).view(tokens, heads, value_dim)
 
 
-def runs_native(kernels: Kernels | None, q: Tensor, keys: Tensor, value_dim: int) -> bool:
-    """Whether the C++ attention has what these heads need: float32 in main memory, whole vectors per head."""
-    suited = q.dtype == keys.dtype == torch.float32 and q.device.type == "cpu"
-    return kernels is not None and suited and kernels.attends(q.shape[-1], value_dim)
+def runs_native(
+    kernels: AttentionKernels | None, q: Tensor, keys: Tensor, value_dim: int, sinks: Tensor | None = None
+) -> bool:
+    """Whether the kernels have what these heads need."""
+    if kernels is None or not kernels.takes(q, keys, sinks is not None):
+        return False
+    return kernels.attends(q.shape[-1], value_dim)
 
 
 def attend_native(
@@ -190,10 +193,11 @@ def attend_native(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [heads]
     rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
     norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm weights of queries and keys [head_dim], eps
 ) -> Tensor:
-    """`attend` by the C++ kernels, which norm and rotate queries and keys (in place) on the way."""
+    """`attend` by the kernels, which norm and rotate queries and keys (in place) on the way."""
     assert meta.kernels is not None
     q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
     return meta.kernels.attention(
@@ -208,6 +212,7 @@ def attend_native(
         scale=scale,
         window=sliding_window,
         softcap=softcap,
+        sinks=sinks,
         rotary=rotary,
         norms=norms,
     )

@@ -23,7 +23,7 @@ class ModelInfo:
     max_model_len: int  # positions the model was made for
     kv_layers: tuple[LayerGeometry, ...]  # one per layer, in layer order
     dtype: torch.dtype
-    native: bool  # whether the C++ kernels run it; a head that drafts for it does the same
+    kernels: str  # the option by which they were chosen, for a head that drafts for it: "auto", "torch" or "triton"
     backend: str  # how the linears run, for the start-up line: "onednn-packed fp32", "transformers bfloat16", ...
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_kernels import native
 from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.decoder import DecoderStack, LayerWeights
-from dspark_kernels.native import STORED, Kernels
+from dspark_kernels.native import STORED
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo
@@ -161,13 +162,13 @@ class DenseModel:
         embed: Tensor,  # [vocab, hidden]
         norm: RMSNorm,
         head: Linear,  # hidden -> vocab
-        kernels: Kernels | None,
-        backend: str,
+        ops: Operations,  # that all these were made by
+        stored: str,  # how matrices are, for people
     ) -> None:
         self.config = config
         self._layers = tuple(layers)
-        self._embed, self._norm, self._head, self._kernels = embed, norm, head, kernels
-        self._stack = None if kernels is None else _stack(kernels, config, self._layers)
+        self._embed, self._norm, self._head, self._kernels = embed, norm, head, ops.attention
+        self._stack = None if ops.library is None else _stack(ops.library, config, self._layers)
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
             architecture=config.architecture,
@@ -177,8 +178,8 @@ class DenseModel:
             max_model_len=config.usable_positions,
             kv_layers=(LayerGeometry(config.kv_heads, config.head_dim),) * config.num_layers,
             dtype=embed.dtype,
-            native=kernels is not None,
-            backend=backend,
+            kernels=ops.choice,
+            backend=f"{ops.name}, weights in {stored}",
         )
 
     @staticmethod
@@ -205,15 +206,14 @@ class DenseModel:
             raise UnsupportedConfig(f"{parsed.architecture}: {error}") from error
         with torch.no_grad():
             ops = operations(dtype, torch.device(device), kernels)
-            loading = _Loading(parsed, dtype, torch.device(device), as_stored and ops.kernels is not None)
+            loading = _Loading(parsed, dtype, torch.device(device), as_stored and ops.library is not None)
             loading.load(weights.items() if isinstance(weights, Mapping) else weights)
             layers = [_make_layer(parsed, loading, ops, layer) for layer in range(parsed.num_layers)]
             stored = loading.take("embed")
             embed = loading.widened(stored)
             norm = RMSNorm(loading.tensor("norm"), parsed.norm_eps)
             head = ops.linear(stored if parsed.tied else loading.take("head"))
-            kept = f"{ops.name}, weights in {' and '.join(sorted(loading.kept))}"
-            return DenseModel(parsed, layers, embed, norm, head, ops.kernels, kept)
+            return DenseModel(parsed, layers, embed, norm, head, ops, " and ".join(sorted(loading.kept)))
 
     @property
     def info(self) -> ModelInfo:
@@ -327,7 +327,7 @@ class _Attention:
         return context.view(-1, c.heads * c.head_dim)
 
 
-def _stack(kernels: Kernels, config: DenseConfig, layers: Sequence[_Layer]) -> DecoderStack | None:
+def _stack(kernels: native.Kernels, config: DenseConfig, layers: Sequence[_Layer]) -> DecoderStack | None:
     """The layers as one call, where heads and norms fill vectors."""
     weights = []
     for layer in layers:

@@ -101,7 +101,7 @@ class HFModel:
         dtype = module.get_input_embeddings().weight.dtype
         module.set_attn_implementation(SERVING)
         ops = operations(dtype, self.device, kernels)
-        self._kernels = ops.kernels
+        self._kernels = ops.attention
         if dtype == torch.float32 and self.device.type == "cpu":
             _pack_linears(module, ops)
         self._info = ModelInfo(
@@ -112,7 +112,7 @@ class HFModel:
             max_model_len=max_model_len,
             kv_layers=anatomy.kv_layers,
             dtype=dtype,
-            native=ops.kernels is not None,
+            kernels=ops.choice,
             backend=f"transformers, {ops.name}",
         )
         self._taps_refused: str | None = None

@@ -6,6 +6,7 @@ Must not know: which model they are part of, attention, the cache.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels import native
+from dspark_kernels import native, triton
+from dspark_kernels.attention import AttentionKernels
 from dspark_kernels.blocks import BlockWeight
-from dspark_kernels.native import Kernels
+
+logger = logging.getLogger(__name__)
 
 PACK_ROWS = (
     8  # oneDNN 3.12 chose the same layout (AB16b64a) for 2 to 64 rows, with AVX2 and with AVX-512; 1 packs nothing
@@ -55,8 +58,18 @@ class Operations(Protocol):
         ...
 
     @property
-    def kernels(self) -> Kernels | None:
-        """What attention may use."""
+    def choice(self) -> str:
+        """For `operations`, to get the like of these again."""
+        ...
+
+    @property
+    def attention(self) -> AttentionKernels | None:
+        """What attention may use; None: torch."""
+        ...
+
+    @property
+    def library(self) -> native.Kernels | None:
+        """The C++ kernels, which hold weights packed, as they were stored; None: weights are tensors of the dtype."""
         ...
 
     def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
@@ -69,7 +82,19 @@ class Operations(Protocol):
 
 
 def operations(dtype: torch.dtype, device: torch.device, kernels: str = "auto") -> Operations:
-    """The fastest row-invariant operations; kernels "torch" leaves the C++ ones out even where they are built."""
+    """kernels "auto": the fastest there are for this dtype and device; "torch": none; "triton": those, or ValueError.
+
+    On a CPU, in float32, all of them are row-invariant.
+    """
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
+        obstacle = triton.obstacle(device)
+        if obstacle is None:
+            from dspark_serve.models.triton_layers import TritonOperations  # imports Triton, which need not be there
+
+            return TritonOperations(dtype)
+        if kernels == "triton":
+            raise ValueError(f"kernels triton were asked for, but {obstacle}")
+        logger.warning("the Triton kernels cannot be used, torch serves instead, slower: %s", obstacle)
     if dtype == torch.float32 and device.type == "cpu" and kernels == "auto":
         library = native.load()
         if library is not None:
@@ -80,15 +105,17 @@ def operations(dtype: torch.dtype, device: torch.device, kernels: str = "auto") 
 class NativeOperations:
     """float32 on CPU with the C++ kernels: norm, product, and what follows it are one call."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
+    choice = "auto"
+
+    def __init__(self, kernels: native.Kernels) -> None:
+        self.attention = self.library = kernels
         self.name = f"native {kernels.isa} float32"
 
     def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> NativeLinear:
-        return NativeLinear(self.kernels, native.PackedWeight(self.kernels, weight, bias, False), norm)
+        return NativeLinear(self.library, native.PackedWeight(self.library, weight, bias, False), norm)
 
     def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> NativeFinish:
-        kernels = self.kernels
+        kernels = self.library
         first, last = (native.PackedWeight(kernels, *affine, gated=False) for affine in (out, down))
         return NativeFinish(kernels, first, norm, native.PackedWeight(kernels, *gate_up, gated=True), last)
 
@@ -97,7 +124,7 @@ class NativeOperations:
 class NativeLinear:
     """x -> norm(x) W^T + b. The fused norm works in whole vectors; one that does not fill them runs in torch."""
 
-    kernels: Kernels
+    kernels: native.Kernels
     packed: native.PackedWeight
     norm: RMSNorm | None
 
@@ -113,7 +140,7 @@ class NativeLinear:
 class NativeFinish:
     """See Operations.finish."""
 
-    kernels: Kernels
+    kernels: native.Kernels
     out: native.PackedWeight
     norm: RMSNorm
     gate_up: native.PackedWeight
@@ -128,9 +155,10 @@ class NativeFinish:
 
 
 class TorchOperations:
-    """Plain torch: GPUs, half precision, and CPUs for which the kernels were not built."""
+    """Plain torch: half precision on CPUs, CPUs for which the kernels were not built, GPUs that Triton is not for."""
 
-    kernels = None
+    choice = "torch"
+    attention = library = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.name = f"{'onednn-packed' if _packs(dtype, device) else 'torch'} {str(dtype).removeprefix('torch.')}"
@@ -171,16 +199,16 @@ class PlainLinear:
     """F.linear, for GPUs, half precision, and CPUs without oneDNN. Keeps the weight as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
+        self.weight, self._bias = weight, bias
         exact = weight.device.type == "cpu" and weight.dtype == torch.float32
         self._min_rows = _MIN_PLAIN_ROWS if exact else 1
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows >= self._min_rows:
-            return F.linear(x, self._weight, self._bias)
+            return F.linear(x, self.weight, self._bias)
         padded = F.pad(x, (0, 0, 0, self._min_rows - rows))
-        return F.linear(padded, self._weight, self._bias)[:rows]
+        return F.linear(padded, self.weight, self._bias)[:rows]
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:

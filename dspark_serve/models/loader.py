@@ -93,7 +93,7 @@ def load_model(
 
     dtype "auto" is the checkpoint's on a GPU. On CPU it is float32 arithmetic on weights that stay as they are stored
     where the C++ kernels can read them so (bfloat16, float16, GGUF blocks): results equal those of "float32" bit for
-    bit. kernels "torch" leaves out the C++ ones.
+    bit. kernels "torch" leaves out all of ours; "triton" insists on those (models/layers.py says where they run).
     Raises LoadError naming the file, tensor or architecture.
     """
     config = read_config(resolved.path)

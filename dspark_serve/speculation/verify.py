@@ -6,14 +6,18 @@ one-hot distribution; neither is a branch here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dspark_kernels import noise
 from dspark_serve.sampling import Support, draw, draw_target, target_probs, target_support
-from dspark_serve.tensors import StepBatch, Verdict
+from dspark_serve.tensors import DraftLogits, StepBatch, Verdict
 from dspark_serve.types import VerifyMode
+
+Rule = Callable[[Tensor, StepBatch, VerifyMode], Verdict]  # `verify`, or what decides as it does
 
 
 def verify(logits: Tensor, batch: StepBatch, mode: VerifyMode) -> Verdict:
@@ -52,6 +56,8 @@ def _rejection(logits: Tensor, batch: StepBatch, sample: Tensor) -> tuple[Tensor
     probs = target_probs(support)  # [samples, support]
     drafts, at_draft = batch.drafts, sample[:, :-1]  # [rows, max_kept] both
     all_draft_probs = batch.draft_probs if drafts.shape[1] else None  # without drafts there is nothing to index
+    if isinstance(all_draft_probs, DraftLogits):
+        all_draft_probs = all_draft_probs.probs()
     token = drafts.clamp(min=0).unsqueeze(-1)  # [rows, max_kept, 1]
     target = _probs_of(support, probs, at_draft, token)  # [rows, max_kept]
     drafted = torch.ones_like(target) if all_draft_probs is None else all_draft_probs.gather(-1, token).squeeze(-1)

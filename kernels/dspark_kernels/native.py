@@ -274,6 +274,10 @@ class Kernels:
         """Whether heads of these widths fill vectors."""
         return head_dim % self.lanes == 0 and value_dim % self.lanes == 0
 
+    def takes(self, q: Tensor, keys: Tensor, sinks: bool = False) -> bool:
+        """Float32 in main memory, and no sinks."""
+        return q.dtype == keys.dtype == torch.float32 and q.device.type == "cpu" and not sinks
+
     def attention(
         self,
         q: Tensor,  # [tokens, heads, head_dim] float32; heads of a token adjacent; overwritten if normed or rotated
@@ -288,6 +292,7 @@ class Kernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,  # must be None
         rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
         norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
         block: bool = False,
@@ -296,6 +301,8 @@ class Kernels:
 
         As a `block` a row's tokens see its whole context and each other, and their keys and values are not kept.
         """
+        if sinks is not None:
+            raise ValueError("the C++ attention knows no sinks")
         tokens, heads, head_dim = q.shape
         kv_heads, value_dim = v.shape[1:]
         if not self.attends(head_dim, value_dim):

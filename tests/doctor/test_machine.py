@@ -20,7 +20,7 @@ GOOD = Machine(
     processor="Some Processor, AVX512", architecture="x86_64", capability="AVX512", compiler="/usr/bin/g++",
     isa="avx512", cores=8, physical_cores=8, threads=8, others_busy=0.1, busiest="cron (process 7)", stolen_share=0.0,
     memory_gib=32.0, available_gib=24.0, container_gib=None, cache="/cache", cache_writable=True, disk_gib=100.0,
-    torch="2.13.0", torch_cuda=None, gpu=None, gpu_gib=0.0, driver=None, triton=None,
+    torch="2.13.0", torch_cuda=None, gpu=None, gpu_gib=0.0, driver=None, triton=None, triton_obstacle=None,
 )  # fmt: skip
 CHECKS = ["processor", "kernels", "threads", "load", "memory", "disk", "gpu"]
 
@@ -57,6 +57,7 @@ def test_a_machine_as_it_should_be():
         ({"driver": "580.1"}, "gpu", "warn", "there is a GPU (driver 580.1)", "[gpu]"),
         ({"driver": "580.1", "torch_cuda": "13.0"}, "gpu", "warn", "does not see it", "CUDA_VISIBLE_DEVICES"),
         ({"gpu": "Big", "gpu_gib": 80.0, "driver": "5", "torch_cuda": "13"}, "gpu", "ok", "Big, 80 GiB, driver 5", ""),
+        ({"gpu": "Old", "triton_obstacle": "they need 9.0"}, "gpu", "warn", "torch serves instead", "they need 9.0"),
     ],
 )
 def test_what_is_wrong_is_said(monkeypatch, changes, check, level, found, advice):

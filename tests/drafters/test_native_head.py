@@ -90,7 +90,7 @@ def test_block_and_context_are_those_of_the_layers(head):
         assert (drafter._head.native is not None) == single_calls
         assert not single_calls or isinstance(drafter._head.native.stack, DecoderStack)
         fill(store)
-        drafter._head.write_context(taps, torch.arange(5, 14), torch.arange(40, 49), store, drafter._first_layer)
+        drafter._head.write_context(taps, torch.arange(5, 14), torch.arange(40, 49), 14, store, drafter._first_layer)
         contexts.append(torch.cat([t.flatten() for t in (*store.keys, *store.values)]))
         batch = DraftRows.build(rows, 8, drafter.width, "cpu")
         blocks.append(drafter._head.block(batch, store, drafter._first_layer))

@@ -63,7 +63,7 @@ def test_a_head_runs_by_the_targets_kernels(head, monkeypatch):
     monkeypatch.setattr(native.PackedWeight, "__init__", lambda *a, **k: packed.append(a) or pack(*a, **k))
     for kernels, is_native in (("torch", False), ("auto", True)):
         target = load_model(resolve(TARGET), "float32", "cpu", kernels=kernels)
-        assert target.info.native == bool(packed) == is_native
+        assert (target.info.kernels == "auto") == bool(packed) == is_native
         before = len(packed)
         plan_head(GOLDENS / head, target, "coupled")
         assert (len(packed) > before) == is_native

@@ -5,9 +5,12 @@ Must not know: models, requests.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dspark_kernels.triton import attention, noise, rope
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kernels:
@@ -16,6 +19,10 @@ class Kernels:
     def attends(self, head_dim: int, value_dim: int) -> bool:
         """Whether there are tiles for heads of these widths, of two bytes an element."""
         return head_dim % 2 == 0 and max(head_dim, value_dim) <= attention.WIDEST_HEAD
+
+    def takes(self, q: Tensor, keys: Tensor, sinks: bool = False) -> bool:
+        """Whole or half floats, queries and pages alike, with or without sinks; the device was asked before."""
+        return q.dtype == keys.dtype and q.dtype in _DTYPES
 
     def attention(
         self,
@@ -31,6 +38,7 @@ class Kernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,  # [heads]: one keyless logit per head in each softmax
         rotary: tuple[Tensor, Tensor] | None = None,  # positions [tokens], table [positions, 2, head_dim]
         norms: tuple[Tensor, Tensor, float] | None = None,  # RMSNorm of queries, of keys [head_dim] each, eps
         block: bool = False,
@@ -41,7 +49,9 @@ class Kernels:
         """
         rope.rotate_and_keep(q, k, v, rotary, None if block else (slots, keys, values), norms)
         own = (k, v) if block else None
-        return attention.attend(q, keys, values, pages, rows, scale=scale, window=window, softcap=softcap, block=own)
+        sinks = None if sinks is None else sinks.float().contiguous()
+        paged = q, keys, values, pages, rows
+        return attention.attend(*paged, scale=scale, window=window, softcap=softcap, sinks=sinks, block=own)
 
     def argmax(self, x: Tensor) -> Tensor:
         """Index of the largest entry per row, the lowest on ties, the first NaN if any; x [rows, width]."""

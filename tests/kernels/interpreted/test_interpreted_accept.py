@@ -15,8 +15,9 @@ from dspark_kernels import noise as specification
 from dspark_kernels.triton import accept
 from dspark_kernels.triton.noise import PART
 from dspark_serve.sampling import argmax, draw_logits, target_support
+from dspark_serve.speculation import triton_verify
 from dspark_serve.speculation.verify import verify
-from dspark_serve.tensors import StepBatch
+from dspark_serve.tensors import DraftLogits, Penalties, StepBatch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "speculation"))
 from batches import plausible_drafts, some_logits, step_batch
@@ -146,6 +147,50 @@ def test_rows_that_do_not_sample_and_rows_alone(mode: str) -> None:
         alone = accept.accept_coupled(*arguments) if mode == "coupled" else accept.accept_rejection(*arguments, None)
         assert alone[0].tolist() == [accepted[row]]
         assert alone[1].tolist() == [tokens[row].tolist()]
+
+
+def entries(batch: StepBatch, vocab: int) -> dict[str, object]:
+    """Penalties and biases on some tokens of every sample, heavy enough to decide."""
+    samples = batch.num_samples
+    sample, token = torch.arange(samples).repeat_interleave(3), torch.arange(3 * samples) * 7 % vocab
+    strength = torch.full((3 * samples,), 2.0)
+    penalties = Penalties(sample, token, strength, strength, strength, strength)
+    return {"penalties": penalties, "bias_sample": sample, "bias_token": (token + 1) % vocab, "bias_value": strength}
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+@pytest.mark.parametrize(
+    ("what", "launches"),
+    [("plain", True), ("adjusted", True), ("logits", True), ("filters", False), ("probs", False), ("nothing", False)],
+)
+def test_the_servers_rule_by_kernels_where_they_have_it(
+    what: str, launches: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """triton_verify decides as verify does, whichever of the two really decides."""
+    vocab, launched = 4099, []
+    for name in ("accept_coupled", "accept_rejection"):
+        intact = getattr(accept, name)
+        monkeypatch.setattr(accept, name, lambda *a, i=intact, n=name, **o: launched.append(n) or i(*a, **o))
+    if what in ("logits", "probs"):
+        batch = step_batch([[0] * n for n in LENS], TEMPERATURES)
+        batch, draft, logits = draft_logits_for(batch, vocab, seed=0)
+        temperature = torch.tensor(TEMPERATURES)
+        if what == "logits":
+            batch = replace(batch, draft_probs=DraftLogits(draft.logits, draft.log_mass, temperature))
+    else:
+        samples = [False] * len(LENS) if what == "nothing" else None
+        logits, batch = ragged(vocab, samples=samples, top_k=4 if what == "filters" else 0)
+    if what == "adjusted":
+        plainly = verify(logits, batch, mode)  # type: ignore[arg-type]
+        batch = replace(batch, sampling=replace(batch.sampling, **entries(batch, vocab)))
+    given = torch.cat([logits[: batch.num_samples], torch.full((2, vocab), torch.nan)])  # scores follow the samples
+    got, want = (rule(given, batch, mode) for rule in (triton_verify.verify, verify))  # type: ignore[arg-type]
+    assert got.n_accepted.tolist() == want.n_accepted.tolist()
+    assert got.tokens.tolist() == want.tokens.tolist()
+    by_kernels = launches or (what == "probs" and mode == "coupled")
+    assert launched == ([f"accept_{mode}"] if by_kernels else [])
+    if what == "adjusted":
+        assert got.tokens.tolist() != plainly.tokens.tolist()
 
 
 def test_a_step_without_drafts_is_a_draw() -> None:
