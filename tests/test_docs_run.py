@@ -33,6 +33,7 @@ PARSED = {
 }
 NOT_RUN = {
     "make test": "runs this very test",
+    "make test-docker": "builds a Debian root with all that the server needs: minutes, and gigabytes",
     "pip install -e .[gpu]": "changes the environment that the tests run in",
     "pytest -m gpu": "needs a GPU",
     "python benchmarks/serve.py --quick": _MINUTES,

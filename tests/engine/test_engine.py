@@ -111,7 +111,7 @@ class TestRejectionMode:
         assert self.p_value(self.pairs("rejection", Oracle(truth, "right", 2, 8))) > 1e-3
 
     def test_a_rule_that_always_accepts_is_caught(self, monkeypatch):
-        from dspark_serve.engine import engine as module
+        from dspark_serve.engine import build as module
         from dspark_serve.tensors import Verdict
 
         def accept_everything(logits, batch, mode):

@@ -192,7 +192,6 @@ def test_without_an_openmp_runtime_torch_serves(
 
     monkeypatch.setattr(native, "_share_openmp", missing)
     model = load_model(resolve(str(TARGET)), device="cpu")
-    assert not model.info.native
     assert not model.info.backend.startswith("native")
     close(run_one(model, [5, 9, 100, 7]).logits, served.double())
     (record,) = caplog.records  # one sentence, however many libraries there are and however often they are asked for
