@@ -1,10 +1,10 @@
 # Everything runs from a virtual environment in the checkout, made on first use and kept up to date with pyproject.toml.
-#   make serve ARGS="--port 9000"      make test PYTEST_ARGS="-k budget"      make test MARKS="not slow"
+#   make serve ARGS="--port 9000"      make test PYTEST_ARGS="-k budget"      make test MARKS=   (the slow ones too)
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 PYTEST := $(VENV)/bin/python -m pytest
-MARKS ?=
+MARKS ?= not slow
 SPEC := pyproject.toml setup.py constraints.txt $(wildcard kernels/dspark_kernels/cpu/*)
 RUNTIME := $(VENV)/.installed
 TESTING := $(VENV)/.installed-test

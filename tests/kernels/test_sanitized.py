@@ -116,6 +116,7 @@ def check(kernels: Path, names: list[str]) -> None:
     assert skipped == set(INSTRUCTION_SETS) - set(names)
 
 
+@pytest.mark.slow
 def test_kernels_keep_to_their_memory_and_to_the_language(machine: str, tmp_path: Path) -> None:
     """Portable and widest; and the sanitizers see faults that are planted, in the same build, on torch's memory."""
     names = list(dict.fromkeys([INSTRUCTION_SETS[0], INSTRUCTION_SETS[-1]]))
