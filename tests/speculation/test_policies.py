@@ -230,6 +230,36 @@ def test_lookups_that_find_nothing_or_earn_nothing_are_given_up(found: float, st
     assert spent_ms < 0.015 * (server.now_ms - now_ms)  # looks, probes of the head, whole blocks: half a percent each
 
 
+def test_promises_below_the_hurdle_are_left_alone() -> None:
+    """With all drafts kept that pay, 8 rows would yield 2 % more: lookups are neither kept nor made for long."""
+
+    def step_ms(tokens: int) -> float:
+        return 10 + 10.0 * tokens
+
+    server = looking(0.93, step_ms, noise=0.0)
+    server.run(300)
+    assert sum(server.looked_up[:100]) > 0  # they were, until it was clear
+    assert sum(server.looked_up[100:]) < 0.3 * 8 * 200  # glances, which are cheap beside such steps
+    assert sum(map(sum, server.kept[100:])) < 0.05 * 8 * 200
+
+
+def test_a_row_does_not_draft_while_many_others_are_about_to_decode() -> None:
+    """Alone it would; beside fifteen prompts the time of its drafts is theirs as well."""
+
+    def step_ms(tokens: int) -> float:
+        return 10 + 5.0 * tokens
+
+    server = served(step_ms, [0.9], noise=0.0)
+    server.run(60)
+    assert server.drafted[-20:].count(1) > 15
+    [request] = server.requests
+    mine = Row(request, 99, 1, True, WIDTH)
+    others = [Row(Request(f"p{n}", (1,), SamplingParams(), seed=n), 0, 20, True, 0) for n in range(15)]
+    assert len(server.budget.admit(Plan((mine,))).drafting) == 1
+    server.budget.release("another")  # nothing is held
+    assert not server.budget.admit(Plan((mine, *others))).drafting
+
+
 def test_lookups_that_begin_to_find_something_are_found_out() -> None:
     server = looking(found=0.0)
     server.run(300)
