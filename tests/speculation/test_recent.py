@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dspark_serve.speculation.admission import LOOKUP, Admission
 from dspark_serve.speculation.budget import LEVELS, Drafted
 from dspark_serve.speculation.calibrate import DraftSignals, temperature_ranges
+from dspark_serve.speculation.cost import CostModel, Point, Profile
 from dspark_serve.speculation.recent import Members, Recent
 from dspark_serve.types import Request, SamplingParams
 
@@ -92,3 +94,22 @@ def test_members() -> None:
         3: [1],
     }
     assert Members.of(requests[:1]).by_range == {0: slice(None)}
+
+
+@pytest.mark.parametrize(("kept", "worth"), [(0, 0.0), (4, 4 * 0.9)])
+def test_lookups_count_as_far_as_they_were_kept(kept: int, worth: float) -> None:
+    """What no step keeps is worth nothing there, whatever it promises."""
+    admission = Admission(CostModel(Profile((Point(1, 1, 0, 10.0),)), 64, 8), "head", lookup=True)
+    requests = tuple(Request(f"r{n}", (1,), SamplingParams(temperature=0.0), seed=n) for n in range(8))
+    signals = DraftSignals(
+        requests=tuple(request.request_id for request in requests),
+        kinds=(LOOKUP,) * 8,
+        ranges=np.zeros(8, dtype=np.int64),
+        confidence=None,
+        largest=None,
+        n_draft=np.full(8, 4),
+    )
+    admission.remember(signals, np.full((8, 4), 0.9), np.full(8, kept), 1, False)
+    _, gain, unknown = admission._found.expected(Members.of(requests), np.full(8, 4))
+    assert unknown is None
+    assert gain[:, 0].tolist() == pytest.approx([worth] * 8)
