@@ -131,10 +131,8 @@ def recipe(command):
     command = [*shlex.split(command), "-n", "-o", ".venv/.installed"]
     # What runs these tests may be a make itself, which tells those below it so.
     mine = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    line = subprocess.run(command, cwd=ROOT, env=mine, capture_output=True, text=True, check=True).stdout.splitlines()[
-        -1
-    ]
-    program, _, arguments = line.partition("dspark-serve ")
+    said = subprocess.run(command, cwd=ROOT, env=mine, capture_output=True, text=True, check=True).stdout
+    program, _, arguments = said.splitlines()[-1].partition("dspark-serve ")
     assert program == "exec .venv/bin/"
     return shlex.split(arguments)
 
