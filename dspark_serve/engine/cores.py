@@ -9,8 +9,10 @@ Must not know: models, requests, what is computed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Set as AbstractSet
 from types import TracebackType
 
 import torch
@@ -37,14 +39,22 @@ class Cores:
         if len(cores) != threads:
             return
         self._before, mine = cores, (threading.get_ident(), cores)
-        if self._bound != mine:
-            self._bound = mine if self._kernels.bind(sorted(cores)) else None
-        else:
-            os.sched_setaffinity(0, {min(cores)})
+        if self._bound == mine:
+            _go_to({min(cores)})
+        elif self._kernels.bind(sorted(cores)):
+            self._bound = mine
+        else:  # a sandbox that forbids it: there is no use in asking again at every step
+            self._kernels = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._before is not None:
-            os.sched_setaffinity(0, self._before)
+            _go_to(self._before)
             self._before = None
+
+
+def _go_to(cores: AbstractSet[int]) -> None:
+    """The calling thread. Where it may not, or a core has gone meanwhile, the step is computed all the same."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores)

@@ -94,6 +94,24 @@ def test_cores_come_back_from_a_failure_and_from_within(as_many_threads_as_cores
     assert os.sched_getaffinity(0) == ALL
 
 
+def test_where_it_is_forbidden_steps_are_computed_all_the_same(as_many_threads_as_cores, monkeypatch):
+    """As a sandbox would: nothing raises, and nobody asks twice."""
+    asked = []
+    monkeypatch.setattr(native.Kernels, "bind", lambda self, cores: asked.append(cores))
+
+    def forbidden(pid, cores):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    cores, computed = Cores(CPU), 0
+    for _ in range(3):
+        with cores:
+            multiply()
+            computed += 1
+    assert computed == 3
+    assert asked == [sorted(ALL)]
+
+
 def test_fewer_cores_than_before_are_kept_to(as_many_threads_as_cores):
     """Somebody else, `taskset` for one, may take cores away meanwhile."""
     cores = Cores(CPU)
