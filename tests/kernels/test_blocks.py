@@ -13,15 +13,9 @@ from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.native import Kernels, PackedWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from helpers import INSTRUCTION_SETS, load_kernels
 
 SHAPES = [(5, 32), (33, 64), (100, 576), (70, 1536)]  # [outputs, inputs]
 ROWS = (1, 2, 3, 4, 5, 8, 12, 13, 25, 48, 73, 90)  # beyond 72 every instruction set decodes panels first
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_kernels(request.param)
 
 
 def block_weight(rows: int, columns: int, bits: int, group: int) -> BlockWeight:

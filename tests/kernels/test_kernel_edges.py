@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,6 @@ NONSENSE = [float("nan"), float("inf"), float("-inf"), 3e38]
 THREADS = (1, 2, 3, 7, 64)
 HEADS, KV_HEADS, DIM = 6, 2, 32
 PAGE = 5
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_kernels(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def shifted(x: Tensor, floats: int) -> Tensor:

@@ -24,18 +24,6 @@ SHAPES = [(1, 1), (5, 3), (33, 16), (64, 48), (100, 576), (70, 1536)]  # [output
 ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 25, 64)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_kernels(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def randoms(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(sum(map(sum, shapes)))
     return [torch.randn(shape, generator=generator) for shape in shapes]
