@@ -10,9 +10,12 @@ from typing import Protocol
 
 
 class Machine(Protocol):
-    """What a step and a draft take, in milliseconds. A `CostModel` is one too: the machine that was profiled."""
+    """What a step and a draft take, in milliseconds. A `CostModel` is one too: the machine that was profiled.
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float: ...
+    draft_keys: what the drafts among a step's tokens see beside `context`, each the keys of its row once more.
+    """
+
+    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float: ...
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float: ...
 
@@ -134,8 +137,8 @@ class Roofline:
         drafted = self.draft.network.kv_bytes if self.draft is not None else 0.0
         return int(self.free_gb * 1e9 / (self.target.kv_bytes + drafted))
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False) -> float:
-        """A step over `tokens` in `rows`, to which `context` keys are visible in all."""
+    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float:
+        """A step over `tokens` in `rows`, to which `context` keys are visible in all: read once, whoever sees them."""
         return self._pass_ms(self.target, tokens, context, tokens / rows)
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:

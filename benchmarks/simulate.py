@@ -125,7 +125,10 @@ def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool
     long_sweep: the largest step that can come as well, where a server's doublings end below it.
     """
     wanted = shapes(SimpleNamespace(drafter=SimpleNamespace(width=width), scheduler=scheduler))  # type: ignore[arg-type]
-    steps = [Point(s.tokens, s.rows, s.keys, machine.step_ms(s.tokens, s.rows, s.keys)) for s in wanted]
+    steps = [
+        Point(s.tokens, s.rows, s.keys, machine.step_ms(s.tokens, s.rows, s.row_keys, draft_keys=s.keys - s.row_keys))
+        for s in wanted
+    ]
     tokens = max(point.count for point in steps)
     while long_sweep and tokens < scheduler.max_num_batched_tokens:
         tokens = min(2 * tokens, scheduler.max_num_batched_tokens)

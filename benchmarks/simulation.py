@@ -23,7 +23,6 @@ from rooflines import Machine
 
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import sigmoid
-from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, StepReport
@@ -159,21 +158,32 @@ def _round(stored: list[Any]) -> Round:
     return made
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A real step as a machine is asked for it, and what it took, drafts aside."""
+
+    tokens: int
+    rows: int
+    context: int
+    draft_keys: int
+    greedy: bool
+    ms: float
+
+
 class Recording:
-    """A budget with a look at what passes through another. Acceptance is whole only where that is `KeepAll`.
+    """A budget with a look at what passes through another. Acceptance is whole only where that is `KeepAll`."""
 
-    costs: held against the duration of every step; it does not learn from them.
-    """
-
-    def __init__(self, budget: Budget, trace: Trace, costs: CostModel) -> None:
-        self._budget, self.trace, self._costs = budget, trace, costs
-        self._slower: list[float] = []
+    def __init__(self, budget: Budget, trace: Trace) -> None:
+        self._budget, self.trace = budget, trace
+        self.steps: list[Timed] = []
         self.admit, self.choose, self.release = budget.admit, budget.choose, budget.release
 
-    @property
-    def slowdown(self) -> float:
-        """Measured over predicted time of a step, the median."""
-        return statistics.median(self._slower)
+    def slowdown(self, machine: Machine) -> float:
+        """Time that the steps took over what the machine says they would."""
+        said_ms = sum(
+            machine.step_ms(each.tokens, each.rows, each.context, each.greedy, each.draft_keys) for each in self.steps
+        )
+        return sum(each.ms for each in self.steps) / said_ms
 
     def learn(self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]) -> Any:
         drafted = [(row, result) for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
@@ -185,10 +195,9 @@ class Recording:
             peak = () if largest is None else tuple(largest[index][:count])
             made = Round(at, result.drafter, len(result.tokens) - 1, said, peak)
             self.trace.rounds.setdefault(row.request.request_id, []).append(made)
-        tokens, context = sum(row.length for row in plan.rows), sum(row.start + row.length for row in plan.rows)
-        kept = sum(result.n_kept for result in results)
-        predicted_ms = self._costs.step_ms(tokens + kept, len(plan.rows), context, _greedy(plan.rows))
-        self._slower.append(sum(ms for phase, ms in phase_ms.items() if phase != "propose") / predicted_ms)
+        took_ms = sum(ms for phase, ms in phase_ms.items() if phase != "propose")
+        kept = [result.n_kept for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
+        self.steps.append(Timed(*_step(plan, kept), took_ms))
         return self._budget.learn(plan, proposal, results, phase_ms)
 
 
@@ -258,7 +267,7 @@ class SimulatedEngine:
         drafting = plan.drafting
         proposal, right = self.drafts.propose(drafting) if drafting else (Proposal.empty(0), np.zeros(0, np.int64))
         kept = list(self.budget.choose(plan, proposal))
-        phase_ms = {"propose": self._draft_ms(drafting, proposal), "forward": self._step_ms(plan, sum(kept))}
+        phase_ms = {"propose": self._draft_ms(drafting, proposal), "forward": self._step_ms(plan, kept)}
         results = self._results(plan, proposal, kept, right.tolist())
         report = self.scheduler.commit(plan, results)
         learned = self.budget.learn(plan, proposal, results, phase_ms)
@@ -281,15 +290,9 @@ class SimulatedEngine:
                 results.append(_ONE if row.samples else _NOTHING)
         return results
 
-    def _step_ms(self, plan: Plan, kept: int) -> float:
-        tokens = context = 0
-        for row in plan.rows:
-            tokens += row.length
-            context += row.start
-        return (
-            self.machine.step_ms(tokens + kept, len(plan.rows), context + tokens, _greedy(plan.rows))
-            * self._disturbance()
-        )
+    def _step_ms(self, plan: Plan, kept: Sequence[int]) -> float:
+        tokens, rows, context, draft_keys, greedy = _step(plan, kept)
+        return self.machine.step_ms(tokens, rows, context, greedy, draft_keys) * self._disturbance()
 
     def _draft_ms(self, rows: Sequence[Row], proposal: Proposal) -> float:
         if proposal.drafters is not None:
@@ -305,6 +308,20 @@ class SimulatedEngine:
 
 
 _ONE, _NOTHING = RowResult((0,)), RowResult()
+
+
+def _step(plan: Plan, kept: Sequence[int]) -> tuple[int, int, int, int, bool]:
+    """Tokens, rows, keys that rows see, keys that drafts see, whether all are greedy. kept: of rows that draft."""
+    tokens = context = draft_keys = 0
+    drafts = iter(kept)
+    for row in plan.rows:
+        tokens += row.length
+        context += row.start
+        if row.max_drafts:
+            count = next(drafts)
+            tokens += count
+            draft_keys += count * (row.start + 1)
+    return tokens, len(plan.rows), context + sum(row.length for row in plan.rows), draft_keys, _greedy(plan.rows)
 
 
 def _greedy(rows: Iterable[Row]) -> bool:

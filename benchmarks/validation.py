@@ -1,26 +1,31 @@
 """The simulator held against this machine: what the real engine serves, and what is simulated of the same requests.
 
-Costs are measured in this run, on each engine; acceptance is recorded in it, with every block verified whole, and the
-budget's own run is then simulated from that. Must not know: rooflines.
+Costs are measured in this run, on each engine, before every round; acceptance is recorded in it, with every block
+verified whole, and the budget's own run is then simulated from that. A profile knows a machine at its best, and other
+guests of the same host slow it down: each arm's simulated throughput is divided by the factor by which the steps of the
+*other* arms, served by turns with it, took longer than profiled. Must not know: rooflines.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from load import AUTO, FULL, NONE, Arms, Item, workloads
 from simulation import Recording, SimulatedEngine, Trace, TracedDrafts, serve
 
 from dspark_serve.cache.pages import PagePool
+from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import SECONDS, Rig, sweep
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
-from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.cost import CostModel, Profile
 from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
 from dspark_serve.types import Request, SamplingParams
 
@@ -34,17 +39,27 @@ class Shadow:
     """
 
     def __init__(self, engine: Engine, calibrator: Calibrator | None, seconds: float) -> None:
-        self.engine, self._calibrator = engine, calibrator
+        self.engine, self._calibrator, self._seconds = engine, calibrator, seconds
+        self._cores, self._profiles = Cores(torch.device("cpu")), list[Profile]()
+
+    def measure(self) -> None:
+        """Once more: what is known of the costs is the best of all measurements."""
+        engine = self.engine
         rig = Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner)
-        self.profile = sweep(rig, self.costly or None, seconds)
+        with self._cores:
+            self._profiles.append(sweep(rig, self.costly or None, self._seconds))
 
     @property
     def costly(self) -> str:
         return self._calibrator.head if self._calibrator is not None else ""
 
     def costs(self) -> CostModel:
-        scheduler = self.engine.scheduler
-        return CostModel(self.profile, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        scheduler, found = self.engine.scheduler, self._profiles
+        points = (
+            tuple(point for profile in found for point in getattr(profile, curve))
+            for curve in ("steps", "drafts", "greedy_steps", "greedy_drafts")
+        )
+        return CostModel(Profile(*points), scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
 
     def budget(self) -> AutoBudget:
         """A budget that has learned nothing yet."""
@@ -80,32 +95,13 @@ def _requests(items: list[Item], prefix: str = "") -> Iterator[Request]:
         yield Request(f"{prefix}{index}", item.prompt, params, seed=item.seed)
 
 
-class Pair:
-    """One arm's measured and simulated tokens per second, round by round, and how slow its steps were by then."""
+@dataclass(frozen=True)
+class Turn:
+    """One round: what was asked, how fast each arm served it, and what was seen of each on the way."""
 
-    def __init__(self) -> None:
-        self.measured: list[float] = []
-        self.simulated: list[float] = []
-        self.slowdown: list[float] = []
-
-    def table(self) -> dict[str, float]:
-        ratios = [b / a for a, b in zip(self.measured, self.simulated, strict=True)]
-        return {
-            "measured": statistics.median(self.measured),
-            "simulated": statistics.median(self.simulated),
-            "ratio": statistics.median(ratios),
-            "slowdown": statistics.median(self.slowdown),
-            "ratio_less_drift": statistics.median(b / a for a, b in zip(self.slowdown, ratios, strict=True)),
-        }
-
-
-def measure(
-    arms: Arms, arm: str, shadow: Shadow, budget: Budget, items: list[Item], most: int
-) -> tuple[float, Recording]:
-    """Tokens per second of the real engine under `budget`, and what was seen on the way."""
-    seen = Recording(budget, Trace(shadow.costly, shadow.engine.drafter.width), shadow.costs())
-    arms.engines[arm].budget = seen
-    return arms.serve(arm, items, most).rate, seen
+    items: list[Item]
+    rates: dict[str, float]
+    seen: dict[str, Recording]
 
 
 def by_number(trace: Trace, count: int) -> Trace:
@@ -116,31 +112,46 @@ def by_number(trace: Trace, count: int) -> Trace:
     return replace(trace, rounds={str(index): trace.rounds[name] for index, name in enumerate(in_order)})
 
 
-def compare(
-    arms: Arms, shadows: dict[str, Shadow], items: list[Item], concurrency: int, rounds: int
-) -> tuple[dict[str, Any], Trace]:
-    """Measured and simulated tokens per second of each arm; rounds take turns, of which the medians are compared."""
-    pairs = {NONE: Pair(), FULL: Pair(), AUTO: Pair()}
-    for turn in range(rounds):
-        count = max(6, 2 * concurrency)
-        chosen = [items[(turn * count + i) % len(items)] for i in range(count)]
-        for arm in pairs:  # so that all find their prompts in the prefix cache
-            first = [replace(item, new_tokens=1) for item in chosen]
-            measure(arms, arm, shadows[NONE if arm == NONE else AUTO], KeepAll(), first, concurrency)
-        trace = Trace("", 0)
-        for arm, pair in pairs.items():
-            shadow = shadows[NONE if arm == NONE else AUTO]
+def serve_round(
+    arms: Arms, shadows: dict[str, Shadow], items: list[Item], concurrency: int, draw: random.Random
+) -> Turn:
+    """All arms by turns, so that what slows the machine down slows them all."""
+    for shadow in set(shadows.values()):
+        shadow.measure()
+    for engine in arms.engines.values():
+        engine.budget = KeepAll()
+    at_once = [0.0] * len(items)  # and all find their prompts in the prefix cache
+    arms.serve_all([replace(item, new_tokens=1) for item in items], at_once, concurrency, draw)
+    seen = {}
+    for arm, engine in arms.engines.items():
+        budget = shadows[arm].budget() if arm == AUTO else KeepAll()
+        engine.budget = seen[arm] = Recording(budget, Trace(shadows[arm].costly, engine.drafter.width))
+    served = arms.serve_all(items, at_once, concurrency, draw)
+    return Turn(items, {arm: each.rate for arm, each in served.items()}, seen)
+
+
+def compare(turns: list[Turn], shadows: dict[str, Shadow], concurrency: int) -> tuple[dict[str, Any], Trace]:
+    """Measured and simulated tokens per second of each arm, the medians over the rounds; and the last round's trace."""
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in shadows}
+    for turn in turns:
+        trace = by_number(turn.seen[FULL].trace, len(turn.items))
+        slowdowns = {arm: seen.slowdown(shadows[arm].costs()) for arm, seen in turn.seen.items()}
+        for arm, shadow in shadows.items():
             budget = shadow.budget() if arm == AUTO else KeepAll()
-            rate, seen = measure(arms, arm, shadow, budget, chosen, concurrency)
-            pair.measured.append(rate)
-            pair.slowdown.append(seen.slowdown)
-            if arm == FULL:
-                trace = by_number(seen.trace, len(chosen))
-        for arm, pair in pairs.items():
-            shadow = shadows[NONE if arm == NONE else AUTO]
-            budget = shadow.budget() if arm == AUTO else KeepAll()
-            pair.simulated.append(shadow.simulated(budget, trace, chosen, concurrency))
-    table: dict[str, Any] = {arm: pair.table() for arm, pair in pairs.items()}
+            simulated = shadow.simulated(budget, trace, turn.items, concurrency)
+            drift = statistics.mean(slowdowns[other] for other in slowdowns if other not in (arm, AUTO))
+            found[arm].append(
+                {
+                    "measured": turn.rates[arm],
+                    "simulated": simulated,
+                    "slowdown": drift,
+                    "ratio": simulated / drift / turn.rates[arm],
+                    "ratio_as_profiled": simulated / turn.rates[arm],
+                }
+            )
+    table: dict[str, Any] = {
+        arm: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for arm, rows in found.items()
+    }
     return {**table, "accepted_length": trace.accepted_length}, trace
 
 
@@ -156,11 +167,15 @@ def validate(
     found: dict[str, Any] = {}
     for load in loads:
         # Anew for each load: on a shared machine what was measured minutes ago is another machine's.
-        shadows = {
-            NONE: Shadow(arms.engines[NONE], None, seconds),
-            AUTO: Shadow(arms.engines[AUTO], calibrator, seconds),
-        }
-        found[str(load)], trace = compare(arms, shadows, supply, load, rounds)
+        plain = Shadow(arms.engines[NONE], None, seconds)
+        drafting = Shadow(arms.engines[AUTO], calibrator, seconds)
+        shadows = {NONE: plain, FULL: drafting, AUTO: drafting}
+        count, draw = max(6, 2 * load), random.Random(load)
+        turns = []
+        for turn in range(rounds):
+            chosen = [supply[(turn * count + i) % len(supply)] for i in range(count)]
+            turns.append(serve_round(arms, shadows, chosen, load, draw))
+        found[str(load)], trace = compare(turns, shadows, load)
         show(load, found[str(load)])
         if keep is not None:
             trace.save(keep)
@@ -173,8 +188,8 @@ def show(load: int, table: dict[str, Any]) -> None:
         row = table[arm]
         verdict = "within" if abs(row["ratio"] - 1) <= WITHIN else "NOT within"
         print(
-            f"    {arm:8} measured {row['measured']:8.1f} tokens/s   simulated {row['simulated']:8.1f}"
-            f"   ratio {row['ratio']:.3f}, {verdict} {WITHIN:.0%}; steps took {row['slowdown']:.2f} times what was "
-            f"profiled, without that {row['ratio_less_drift']:.3f}",
+            f"    {arm:8} measured {row['measured']:8.1f} tokens/s   simulated {row['simulated']:8.1f}, on a machine "
+            f"{row['slowdown']:.2f} times slower {row['simulated'] / row['slowdown']:8.1f}"
+            f"   ratio {row['ratio']:.3f}, {verdict} {WITHIN:.0%}",
             flush=True,
         )
