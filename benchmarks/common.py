@@ -16,6 +16,7 @@ from dspark_serve.bench.figures import Spread as Spread  # for the scripts
 from dspark_serve.bench.workload import SHIPPED
 
 HERE = Path(__file__).resolve().parent
+MODEL = "smollm2-135m-instruct"  # unless a script is told another
 
 
 def facts() -> dict[str, Any]:

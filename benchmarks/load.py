@@ -22,7 +22,7 @@ from typing import Any
 
 from dspark_serve.config import Config  # isort: skip  (before torch: the package decides how threads wait)
 
-from common import Spread, facts, write_json
+from common import MODEL, Spread, facts, write_json
 
 from dspark_serve.bench.workload import SHIPPED
 from dspark_serve.engine.build import build_engine
@@ -30,7 +30,6 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.text import Tokenizer
 from dspark_serve.types import Request, SamplingParams, StepReport
 
-MODEL = "smollm2-135m-instruct"
 SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, FULL, AUTO = "none", "full", "budget"
 _TURN_S = 0.04
@@ -60,10 +59,17 @@ class Served:
     per_user: list[float] = field(default_factory=list)  # tokens per second of each request, from its first step
     kept: list[float] = field(default_factory=list)  # drafts verified per row, each step
     misses: list[float] = field(default_factory=list)  # relative error of the predicted step time
+    took_ms: float = 0.0  # of the steps in `seconds` whose budget predicts
+    plain_ms: float = 0.0  # estimated for the same tokens without speculation, as `/metrics` has it
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def estimate(self) -> float | None:
+        """The speed-up by that estimate; None of a budget that does not predict."""
+        return self.plain_ms / self.took_ms if self.took_ms else None
 
 
 class Serving:
@@ -122,26 +128,31 @@ class Serving:
             served.kept.append(sum(row.n_kept for row in report.rows) / len(report.rows))
         if report.budget is not None:
             predicted_ms = report.budget.predicted_step_ms + report.budget.predicted_draft_ms
-            served.misses.append(abs(predicted_ms / sum(report.phase_ms.values()) - 1))
+            took_ms = sum(report.phase_ms.values())
+            served.misses.append(abs(predicted_ms / took_ms - 1))
+            if self._waiting and report.plain_ms is not None:
+                served.took_ms += took_ms
+                served.plain_ms += report.plain_ms
 
 
 class Arms:
     """An engine per arm."""
 
-    def __init__(self, kv_cache_gib: float, fixed: list[int], dtype: str = "auto") -> None:
+    def __init__(
+        self, model: str, kv_cache_gib: float, fixed: list[int], dtype: str = "auto", arms: list[str] | None = None
+    ) -> None:
+        self._options = {"model": {"model": model, "dtype": dtype}, "cache": {"kv_cache_gib": kv_cache_gib}}
         options: dict[str, dict[str, Any]] = {NONE: {"method": "none"}}
         options |= {f"fixed {k}": {"budget": f"fixed:{k}"} for k in fixed}
         options |= {FULL: {"budget": "full"}, AUTO: {}}
-        self.engines = {name: self._engine(kv_cache_gib, dtype, wanted) for name, wanted in options.items()}
+        wanted = [name for name in options if arms is None or name == NONE or name in arms]
+        self.engines = {name: self._engine(options[name]) for name in wanted}
         tokenizer = Tokenizer.load(self.engines[NONE].info.model_dir)
         assert tokenizer is not None
         self.tokenizer = tokenizer
 
-    @staticmethod
-    def _engine(kv_cache_gib: float, dtype: str, speculation: dict[str, Any]) -> Engine:
-        model = {"model": MODEL, "dtype": dtype}
-        options = {"model": model, "cache": {"kv_cache_gib": kv_cache_gib}, "speculation": speculation}
-        return build_engine(Config.model_validate(options))
+    def _engine(self, speculation: dict[str, Any]) -> Engine:
+        return build_engine(Config.model_validate({**self._options, "speculation": speculation}))
 
     def serve(self, arm: str, items: list[Item], most: int) -> Served:
         """One arm alone, closed loop."""
@@ -210,12 +221,14 @@ def compare(arms: Arms, items: list[Item], concurrency: int, rounds: int, poisso
     table: dict[str, Any] = {"same_text": same}
     for name, served in results.items():
         misses = [miss for each in served for miss in each.misses]
+        estimates = [each.estimate for each in served if each.estimate is not None]
         table[name] = {
             "tokens_per_s": Spread.of([each.rate for each in served]),
             "per_user": Spread.of([statistics.mean(each.per_user) for each in served]),
             "of_none": Spread.of([a.rate / b.rate for a, b in zip(served, plain, strict=True)]),
             "kept_per_row": statistics.mean(statistics.mean(each.kept) for each in served),
             "predicted_off": statistics.median(misses) if misses else None,
+            "estimate_of_none": Spread.of(estimates) if estimates else None,
         }
     return table
 
@@ -224,9 +237,11 @@ def show(label: str, table: dict[str, Any]) -> None:
     print(f"\n{label}; texts {'identical' if table['same_text'] else 'DIFFER'}")
     for name, row in table.items():
         if name != "same_text":
+            estimate = row["estimate_of_none"]
             print(
                 f"  {name:9} {row['tokens_per_s']!s:>34} tokens/s   of none {row['of_none'].median:.3f}"
-                f"   per user {row['per_user'].median:.1f}   kept {row['kept_per_row']:.2f}"
+                + (f" (estimated {estimate.median:.3f})" if estimate else "")
+                + f"   per user {row['per_user'].median:.1f}   kept {row['kept_per_row']:.2f}"
             )
 
 
@@ -255,10 +270,12 @@ def plots(result: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--quick", action="store_true", help="concurrency 1, 8, 32; two workloads; fewer arms")
     parser.add_argument("--prompts", type=Path, help=f"directory of {', '.join(SETS)} as .jsonl")
     parser.add_argument("--concurrency", type=int, nargs="+")
     parser.add_argument("--workloads", nargs="+", help="of those there are; default: all")
+    parser.add_argument("--arms", nargs="+", help=f"beside {NONE}: 'fixed K', {FULL}, {AUTO}; default: all")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--new-tokens", type=int, default=None)
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
@@ -270,7 +287,11 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="directory for pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    arms = Arms(options.kv_cache_gib, [3] if options.quick else [1, 3, 5], options.dtype)
+    fixed = [3] if options.quick else [1, 3, 5]
+    known = {NONE, FULL, AUTO, *(f"fixed {count}" for count in fixed)}
+    if unknown := set(options.arms or ()) - known:
+        parser.error(f"--arms: there is no {min(unknown)!r}, only {', '.join(sorted(known))}")
+    arms = Arms(options.model, options.kv_cache_gib, fixed, options.dtype, options.arms)
     supply = workloads(arms, options.prompts, options.new_tokens or (24 if options.quick else 96), options.greedy)
     names = options.workloads or ([*supply][-2:] if options.quick else [*supply])
     loads = options.concurrency or ([1, 8, 32] if options.quick else [1, 2, 4, 8, 16, 32, 64])

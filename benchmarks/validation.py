@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import MODEL
 from load import AUTO, FULL, NONE, Arms, Item, workloads
 from simulation import Recording, SimulatedEngine, Trace, TracedDrafts, serve
 
@@ -148,7 +149,7 @@ def validate(
     loads: list[int], rounds: int, new_tokens: int, seconds: float = SECONDS, keep: Path | None = None
 ) -> dict[str, Any]:
     """Prints and returns measured and simulated throughput at each concurrency; `keep`: where the last trace goes."""
-    arms = Arms(0.6, [])
+    arms = Arms(MODEL, 0.6, [])
     if not isinstance(arms.engines[AUTO].budget, AutoBudget):
         raise ValueError("the default model is served without its head here, so there is no budget to simulate")
     calibrator = arms.engines[AUTO].budget.calibrator
