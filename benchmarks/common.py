@@ -16,6 +16,7 @@ from dspark_serve.bench.figures import Spread as Spread  # for the scripts
 from dspark_serve.bench.workload import SHIPPED
 
 HERE = Path(__file__).resolve().parent
+MODEL = "smollm2-135m-instruct"  # unless a script is told another
 
 
 def facts() -> dict[str, Any]:
@@ -50,6 +51,12 @@ def _read(path: str) -> str:
 def _git(*args: str) -> str | None:
     done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def figures(table: dict[str, Any]) -> dict[str, Any]:
+    """The table as it comes back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(table, default=asdict))
+    return plain
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

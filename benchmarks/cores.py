@@ -14,7 +14,7 @@ from dspark_serve.config import Config  # isort: skip  (before torch: the packag
 
 import torch
 import typer
-from common import Spread, facts, write_json
+from common import MODEL, Spread, facts, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -71,10 +71,14 @@ def neighbour(present: bool) -> Iterator[None]:
             process.kill()
 
 
-def main(json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured.")] = None):
+def main(
+    model: Annotated[str, typer.Option(help="Catalog name, directory, GGUF file or hub id.")] = MODEL,
+    quick: Annotated[bool, typer.Option(help="Fewer turns, half a minute instead of two.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
+) -> None:
     """Print milliseconds per step: the mean of each turn, median and quartiles over turns."""
-    config = Config.model_validate({"cache": {"kv_cache_gib": 0.5}, "speculation": {"method": "none"}})
-    runner = build_engine(config).runner
+    options = {"model": {"model": model}, "cache": {"kv_cache_gib": 0.5}, "speculation": {"method": "none"}}
+    runner = build_engine(Config.model_validate(options)).runner
     table = Table(title="milliseconds per step: median [quartiles] of the turns' means")
     for column in ("rows", "neighbour", "a core each", "as the system likes", "slowest", "slowest, as it likes"):
         table.add_column(column, justify="right")
@@ -83,13 +87,16 @@ def main(json_path: Annotated[Path | None, typer.Option("--json", help="Also wri
         with neighbour(present):
             for rows in ROWS:
                 batch = batch_of(rows, runner.store.page_size)
-                turns = [(turn(runner, batch, True), turn(runner, batch, False)) for _ in range(TURNS)]
+                turns = [
+                    (turn(runner, batch, True), turn(runner, batch, False))
+                    for _ in range(TURNS // 4 if quick else TURNS)
+                ]
                 sides = [Spread.of([sum(side) / len(side) for side in sides]) for sides in zip(*turns, strict=True)]
                 worst = [max(max(side) for side in sides) for sides in zip(*turns, strict=True)]
                 found.append({"rows": rows, "neighbour": present, "bound": sides[0], "free": sides[1], "worst": worst})
                 table.add_row(str(rows), "busy" if present else "none", *map(str, sides), *(f"{w:.0f}" for w in worst))
     Console(width=140).print(table)
-    write_json(json_path, {"facts": facts(), "unit": "ms", "cores": found})
+    write_json(json_path, {"facts": facts(), "model": model, "unit": "ms", "cores": found})
 
 
 if __name__ == "__main__":

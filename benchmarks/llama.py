@@ -18,7 +18,7 @@ from dspark_serve.config import Config  # isort: skip  (before torch: the packag
 
 import torch
 import typer
-from common import Spread, facts, prompts, write_json
+from common import MODEL, Spread, facts, prompts, write_json
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from pipe import Pipe
 from rich.console import Console
@@ -30,7 +30,6 @@ from dspark_serve.models.catalog import CATALOG, cached
 from dspark_serve.models.loader import resolve
 from dspark_serve.types import Request, SamplingParams
 
-MODEL = "smollm2-135m-instruct"
 NEW_TOKENS, PROMPT, STREAMS = 128, 512, 16
 HERE = Path(__file__).parent
 SIDES = ("llama.cpp", "ours, no drafter", "ours, default")

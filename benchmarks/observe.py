@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import Spread, facts, prompts, write_json
+from common import MODEL, Spread, facts, prompts, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +26,7 @@ _ROWS = (1, 8, 64)
 
 
 def main(
+    model: Annotated[str, typer.Option(help="Catalog name, directory, GGUF file or hub id.")] = MODEL,
     quick: Annotated[bool, typer.Option(help="Fewer steps, about a minute.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
@@ -33,7 +34,7 @@ def main(
     """Print milliseconds of steps and of watching them: median and quartiles."""
     if threads is not None:
         torch.set_num_threads(threads)
-    config = load_config({})
+    config = load_config({"model": model})
     resolved = find_model(config)
     engine, tokenizer = build_engine(config, resolved), Tokenizer.load(resolved.path)
     texts = [tokenizer.encode(text)[:64] for text in prompts()]
@@ -76,7 +77,7 @@ def main(
         scrapes.append((time.perf_counter() - started) * 1e3)
     Console(width=130).print(table)
     print(f"a scrape, vLLM's names included: {Spread.of(scrapes)} ms")
-    write_json(json_path, {"facts": facts(), "steps": found, "scrape_ms": Spread.of(scrapes)})
+    write_json(json_path, {"facts": facts(), "model": model, "steps": found, "scrape_ms": Spread.of(scrapes)})
 
 
 if __name__ == "__main__":

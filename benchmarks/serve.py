@@ -1,7 +1,7 @@
 """Engine against Transformers, as it ships and without a drafter; prompt lookup and the default against none; host time
 per step; memory.
 
-SmolLM2, greedy, float32 arithmetic, CPU; weights in the model file's own blocks, as served, and widened to float32. The
+Greedy, float32 arithmetic, CPU; weights in the model file's own blocks, as served, and widened to float32. The
 sides of each comparison alternate within one run, so that machine drift hits all.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dspark_serve.config import Config  # isort: skip  (before torch: the packag
 import httpx
 import psutil
 import typer
-from common import Spread, facts, prompts, write_json
+from common import MODEL, Spread, facts, prompts, write_json
 from reference import Reference
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,6 @@ from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.types import Request, SamplingParams, StepReport
 
-MODEL = "smollm2-135m-instruct"
 NEW_TOKENS = 128
 HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
 COPY_TEXTS = [
@@ -52,8 +52,8 @@ COPY_TEXTS = [
 class Bench:
     """The two sides of every comparison, loaded once."""
 
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
+    def __init__(self, model: str, quick: bool) -> None:
+        self.model, self.quick = model, quick
         self.new_tokens = NEW_TOKENS
         self.engines = {method: self._engine(method) for method in ("none", "ngram")}
         self.engines["default"] = self._engine(None)  # head, lookup and budget, as it ships
@@ -64,13 +64,12 @@ class Bench:
         self.reference = Reference(path)
         self._count = 0
 
-    @staticmethod
-    def _engine(method: str | None, dtype: str = "auto") -> Engine:
+    def _engine(self, method: str | None, dtype: str = "auto") -> Engine:
         # No prefix cache: every repetition has to do all of its work, as the reference does.
         options = {
             "cache": {"kv_cache_gib": 0.4, "enable_prefix_caching": False},
             "speculation": {"method": method},
-            "model": {"model": MODEL, "dtype": dtype, "device": "cpu"},
+            "model": {"model": self.model, "dtype": dtype, "device": "cpu"},
         }
         return build_engine(Config.model_validate(options))
 
@@ -176,12 +175,12 @@ class Bench:
         return {"host_ms": total, "phases_ms": by_phase}
 
 
-def memory(quick: bool) -> dict[str, Any]:
+def memory(model: str, quick: bool) -> dict[str, Any]:
     """Resident MiB of a real server after 20 and after 200 mixed requests over HTTP, 8 at a time."""
-    total = 60 if quick else 200
-    command = [sys.executable, "-m", "dspark_serve.cli", "serve", MODEL, "--port", "8931", "--kv-cache-gib", "0.5"]
+    total, port = 60 if quick else 200, _free_port()
+    command = [sys.executable, "-m", "dspark_serve.cli", "serve", model, "--port", port, "--kv-cache-gib", "0.5"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    base = "http://127.0.0.1:8931"
+    base = f"http://127.0.0.1:{port}"
     try:
         _await_ready(base, server)
         process = psutil.Process(server.pid)
@@ -190,7 +189,7 @@ def memory(quick: bool) -> dict[str, Any]:
 
         def one(index: int) -> None:
             body: dict[str, Any] = {
-                "model": MODEL,
+                "model": model,
                 "messages": [{"role": "user", "content": texts[index % len(texts)]}],
                 "max_tokens": 8 + 24 * (index % 3),
                 "temperature": (0.0, 0.8, 1.0)[index % 3],
@@ -213,6 +212,12 @@ def memory(quick: bool) -> dict[str, Any]:
         server.wait(60)
 
 
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def _await_ready(base: str, server: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         if server.poll() is not None:
@@ -228,7 +233,7 @@ def _await_ready(base: str, server: subprocess.Popen[bytes]) -> None:
 
 def show(result: dict[str, Any]) -> None:
     console = Console()
-    table = Table("measured", "side", "tokens/s", "times the first", "same tokens", title="SmolLM2, greedy")
+    table = Table("measured", "side", "tokens/s", "times the first", "same tokens", title="greedy")
     for key, label in (
         ("single", "concurrency 1; `default` drafts, the others do not"),
         ("copying", "copy-heavy, concurrency 1"),
@@ -249,17 +254,18 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(
+    model: Annotated[str, typer.Option(help="Catalog name, directory, GGUF file or hub id.")] = MODEL,
     quick: Annotated[bool, typer.Option(help="Fewer repetitions, under five minutes on two cores.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
 ) -> None:
     """Measure, print a table, exit 0 whatever the figures say."""
-    bench = Bench(quick)
-    result: dict[str, Any] = {"facts": facts()}
+    bench = Bench(model, quick)
+    result: dict[str, Any] = {"facts": facts(), "model": model}
     for name in ("single", "copying", "drafting", "batched", "host"):
         result[name] = getattr(bench, name)()
     bench.reference.close()
     del bench
-    result["memory"] = memory(quick)
+    result["memory"] = memory(model, quick)
     show(result)
     write_json(json_path, result)
 

@@ -14,7 +14,7 @@ from dspark_serve.config import Config  # isort: skip  (before torch: the packag
 
 import torch
 import typer
-from common import Spread, facts, write_json
+from common import MODEL, Spread, facts, write_json
 from reference import Reference
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,6 @@ from dspark_serve.models.invariance import Chunk, probe_batch
 from dspark_serve.models.loader import load_model, resolve
 from dspark_serve.types import Request, SamplingParams
 
-MODEL = "smollm2-135m-instruct"
 CONTEXT, PAGE = 128, 16
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 32, 64)
 READ_BYTES = 1 << 30

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import MODEL
 from load import AUTO, FULL, NONE, Arms, Item, workloads
 from simulation import Recording, SimulatedEngine, Trace, TracedDrafts, serve
 
@@ -159,11 +160,11 @@ def validate(
     loads: list[int], rounds: int, new_tokens: int, seconds: float = SECONDS, keep: Path | None = None
 ) -> dict[str, Any]:
     """Prints and returns measured and simulated throughput at each concurrency; `keep`: where the last trace goes."""
-    arms = Arms(0.6, [])
+    arms = Arms(MODEL, 0.6, [])
     if not isinstance(arms.engines[AUTO].budget, AutoBudget):
         raise ValueError("the default model is served without its head here, so there is no budget to simulate")
     calibrator = arms.engines[AUTO].budget.calibrator
-    supply = workloads(arms, None, new_tokens, greedy=False)["sample"]
+    supply = workloads(arms.tokenizer, None, new_tokens, greedy=False)["sample"]
     found: dict[str, Any] = {}
     for load in loads:
         # Anew for each load: on a shared machine what was measured minutes ago is another machine's.
@@ -173,8 +174,7 @@ def validate(
         count, draw = max(6, 2 * load), random.Random(load)
         turns = []
         for turn in range(rounds):
-            chosen = [supply[(turn * count + i) % len(supply)] for i in range(count)]
-            turns.append(serve_round(arms, shadows, chosen, load, draw))
+            turns.append(serve_round(arms, shadows, supply.items(turn * count, count), load, draw))
         found[str(load)], trace = compare(turns, shadows, load)
         show(load, found[str(load)])
         if keep is not None:

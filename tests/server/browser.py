@@ -18,6 +18,7 @@ from dspark_serve.server.service import Service
 from dspark_serve.text import Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+PROMPT = "one two three one two three one two"  # drafts of both kinds are accepted
 PATIENCE_MS = 120_000  # nothing is decided by time; this is when to give up
 
 
@@ -61,6 +62,9 @@ class Gate:
             return step()
 
         return gated
+
+
+GATE = Gate()  # before the steps of the server that most tests visit
 
 
 def golden(gate=None, **options):

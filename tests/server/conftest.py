@@ -1,4 +1,4 @@
-"""An in-process client on a scripted engine."""
+"""An in-process client on a scripted engine; a real Prometheus; a real browser on a real small engine."""
 
 from contextlib import asynccontextmanager
 
@@ -6,6 +6,7 @@ import httpx
 import pytest
 import structlog
 import watched as watched_server
+from browser import GATE, Visit, golden, needs_chromium, served
 from fakes import FakeEngine, make_app, settled
 
 
@@ -47,3 +48,30 @@ def watched(tmp_path_factory):
         pytest.skip(reason)
     with watched_server.watched(tmp_path_factory.mktemp("prometheus")) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Of a module and not of the session: what drives it holds an event loop."""
+    path = needs_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def url(browser):
+    """A server that verifies every draft, and tells all of speculation in every answer."""
+    with served(golden(GATE, budget="full", per_request_spec_decode_metrics="detailed")) as url:
+        yield url
+
+
+@pytest.fixture
+def visit(browser, url):
+    visit = Visit(browser, url)
+    yield visit
+    GATE.release()  # whatever became of the test
+    visit.close()
