@@ -1,7 +1,7 @@
 """The simulator held against this machine: what the real engine serves, and what is simulated of the same requests.
 
 Costs are measured in this run, on each engine, before every round; acceptance is recorded in it, with every block
-verified whole, and the budget's own run is then simulated from that. A profile knows a machine at its best, and other
+verified whole, and the budget's own run is then simulated from that. A profile knows a machine in calm moments, and other
 guests of the same host slow it down: each arm's simulated throughput is divided by the factor by which the steps of the
 *other* arms, served by turns with it, took longer than profiled. Must not know: rooflines.
 """
@@ -26,7 +26,7 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import SECONDS, Rig, sweep
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
-from dspark_serve.speculation.cost import CostModel, Profile
+from dspark_serve.speculation.cost import CostModel, Point, Profile
 from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
 from dspark_serve.types import Request, SamplingParams
 
@@ -44,7 +44,7 @@ class Shadow:
         self._cores, self._profiles = Cores(torch.device("cpu")), list[Profile]()
 
     def measure(self) -> None:
-        """Once more: what is known of the costs is the best of all measurements."""
+        """Once more: what is known of the costs is the median of all measurements."""
         engine = self.engine
         rig = Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner)
         with self._cores:
@@ -57,7 +57,7 @@ class Shadow:
     def costs(self) -> CostModel:
         scheduler, found = self.engine.scheduler, self._profiles
         points = (
-            tuple(point for profile in found for point in getattr(profile, curve))
+            _medians([point for profile in found for point in getattr(profile, curve)])
             for curve in ("steps", "drafts", "greedy_steps", "greedy_drafts")
         )
         return CostModel(Profile(*points), scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
@@ -88,6 +88,14 @@ class Shadow:
         serve(engine, _requests([replace(item, new_tokens=1) for item in items], "first-"), concurrency, drain=True)
         engine.budget = budget
         return serve(engine, _requests(items), concurrency, drain=False).tokens_per_s
+
+
+def _medians(points: list[Point]) -> tuple[Point, ...]:
+    """One for those that were measured again and again."""
+    times: dict[Point, list[float]] = {}
+    for point in points:
+        times.setdefault(replace(point, ms=0.0), []).append(point.ms)
+    return tuple(replace(point, ms=statistics.median(several)) for point, several in times.items())
 
 
 def _requests(items: list[Item], prefix: str = "") -> Iterator[Request]:

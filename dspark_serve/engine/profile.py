@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
 SECONDS = 7.0  # for the sweep
 _PASSES = 3  # timed ones, over all shapes
 _MORE_PASSES = 6  # after them, over those that were never measured while the machine was calm
-_CALM = 1.25  # times as long as ever the smallest step may take just before and after a measurement that counts
+_CALM = 1.25  # times as long as usual the smallest step may take just before and after a measurement that counts
 _CONTEXT, _LONG = 128, 640  # tokens before a row's anchor
 _DENSE = 512  # tokens of prompts from which every doubling is measured: beyond the last, times are extrapolated
 _STRIDE = 61
@@ -164,7 +165,7 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     many points once and not one point always. Pages come from the pool and go back; their K/V is of no use to anyone.
 
     Other processes take the machine away for moments that are longer than many steps. So the smallest step is timed
-    between all others: what was measured while it took longer than at its best does not count.
+    between all others: what was measured while it took longer than at its best tenth does not count.
     """
     wanted, began = shapes(rig), clock()
     if not wanted:
@@ -189,13 +190,13 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
                 took[shape] = clock() - began - spent
                 per_token = took[shape] / shape.tokens
                 bar.update(min(spent + took[shape], seconds) - bar.n)
-    least = _least(found)
+    typical = _typical(found)
 
     def steps(which: str) -> tuple[Point, ...]:
-        return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in least.items())
+        return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in typical.items())
 
     def drafts(which: str) -> tuple[Point, ...]:
-        return tuple(Point(s.rows, s.rows, s.row_keys, ms) for s, t in least.items() if (ms := getattr(t, which)) > 0)
+        return tuple(Point(s.rows, s.rows, s.row_keys, ms) for s, t in typical.items() if (ms := getattr(t, which)) > 0)
 
     return Profile(steps("step"), drafts("draft"), steps("greedy_step"), drafts("greedy_draft"))
 
@@ -214,25 +215,28 @@ class _Measured(NamedTuple):
     pace_ms: float  # the smallest step just before or after, whichever took longer
 
 
-def _best_pace(found: Mapping[Shape, Sequence[_Measured]]) -> float:
-    return min(measured.pace_ms for several in found.values() for measured in several)
+def _calm_ms(found: Mapping[Shape, Sequence[_Measured]]) -> float:
+    """The most that the smallest step may take: what it takes at its best tenth, and a little."""
+    paces = sorted(measured.pace_ms for several in found.values() for measured in several)
+    return _CALM * paces[len(paces) // 10]
 
 
 def _disturbed(found: Mapping[Shape, Sequence[_Measured]]) -> list[Shape]:
     """Shapes that have never been measured in a calm moment."""
-    most = _CALM * _best_pace(found)
+    most = _calm_ms(found)
     return [shape for shape, several in found.items() if all(measured.pace_ms > most for measured in several)]
 
 
-def _least(found: Mapping[Shape, Sequence[_Measured]]) -> dict[Shape, _Times]:
-    """The least of a shape's calm times, or of all where none was calm: whatever disturbs a measurement makes it
-    longer."""
-    most, disturbed = _CALM * _best_pace(found), set(_disturbed(found))
-    least = {}
+def _typical(found: Mapping[Shape, Sequence[_Measured]]) -> dict[Shape, _Times]:
+    """The median of a shape's calm times: the least would flatter short steps, which vary most. The least of all where
+    none was calm, as whatever disturbs a measurement makes it longer."""
+    most, disturbed = _calm_ms(found), set(_disturbed(found))
+    typical = {}
     for shape, several in found.items():
         times = [each for each, pace_ms in several if pace_ms <= most or shape in disturbed]
-        least[shape] = _Times(*(min(part) for part in zip(*times, strict=True)))
-    return least
+        of = min if shape in disturbed else statistics.median_low
+        typical[shape] = _Times(*(of(part) for part in zip(*times, strict=True)))
+    return typical
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ class Small:
 RUN = {
     "python benchmarks/serve.py --quick": Small("", {"NEW_TOKENS": 8}),
     "python benchmarks/load.py --quick --prompts DIR": Small(
-        "--concurrency 1 4 --rounds 1 --new-tokens 8 --kv-cache-gib 0.02"
+        "--concurrency 1 4 --rounds 1 --new-tokens 32 --kv-cache-gib 0.02"
     ),
     "python benchmarks/observe.py": Small("--quick"),
     "python benchmarks/cores.py": Small("--quick", {"TURN_S": 0.02}),
