@@ -204,9 +204,9 @@ class Recording:
 class TracedDrafts:
     """Drafts of a recorded run. A request is the recorded one of the same id, or goes round among all.
 
-    An anchor that no recorded round began at takes the round it lies in: where fewer drafts were kept than in the
-    recording, the next block is as hard as the one that was cut short. An answer longer than the recorded one begins
-    it anew. Rows that may only look up draft where a lookup drafted in the recording.
+    An anchor that no recorded round began at takes the next one that did: of the rounds that anchors lie in, the long
+    ones have too many. An answer longer than the recorded one begins it anew. Rows that may only look up draft where a
+    lookup drafted in the recording.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -236,7 +236,7 @@ class TracedDrafts:
         rounds = self._trace.rounds[name]
         # An anchor that ends its prompt is at -1.
         place = (row.start - row.request.num_prompt + 1) % (rounds[-1].at + rounds[-1].accepted + 2) - 1
-        return rounds[max(bisect.bisect_right(self._starts[name], place) - 1, 0)]
+        return rounds[min(bisect.bisect_left(self._starts[name], place), len(rounds) - 1)]
 
     def _table(self, lines: Sequence[tuple[float, ...]]) -> torch.Tensor:
         padded = [line[: self.width] + (0.0,) * (self.width - len(line)) for line in lines]

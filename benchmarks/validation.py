@@ -1,7 +1,7 @@
 """The simulator held against this machine: what the real engine serves, and what is simulated of the same requests.
 
 Costs are measured in this run, on each engine, before every round; acceptance is recorded in it, with every block
-verified whole, and the budget's own run is then simulated from that. A profile knows a machine in calm moments, and other
+verified whole, and the budget's own run is then simulated from that. A profile knows a machine in calm moments; other
 guests of the same host slow it down: each arm's simulated throughput is divided by the factor by which the steps of the
 *other* arms, served by turns with it, took longer than profiled. Must not know: rooflines.
 """
@@ -173,17 +173,16 @@ def validate(
         raise ValueError("the default model is served without its head here, so there is no budget to simulate")
     calibrator = arms.engines[AUTO].budget.calibrator
     supply = workloads(arms.tokenizer, None, new_tokens, greedy=False)["sample"]
+    plain, drafting = Shadow(arms.engines[NONE], None, seconds), Shadow(arms.engines[AUTO], calibrator, seconds)
+    shadows = {NONE: plain, FULL: drafting, AUTO: drafting}
+    turns: dict[int, list[Turn]] = {load: [] for load in loads}
+    for turn in range(rounds):
+        for load in loads:
+            count, draw = max(6, 2 * load), random.Random(load)
+            turns[load].append(serve_round(arms, shadows, supply.items(turn * count, count), load, draw))
     found: dict[str, Any] = {}
     for load in loads:
-        # Anew for each load: on a shared machine what was measured minutes ago is another machine's.
-        plain = Shadow(arms.engines[NONE], None, seconds)
-        drafting = Shadow(arms.engines[AUTO], calibrator, seconds)
-        shadows = {NONE: plain, FULL: drafting, AUTO: drafting}
-        count, draw = max(6, 2 * load), random.Random(load)
-        turns = []
-        for turn in range(rounds):
-            turns.append(serve_round(arms, shadows, supply.items(turn * count, count), load, draw))
-        found[str(load)], trace = compare(turns, shadows, load)
+        found[str(load)], trace = compare(turns[load], shadows, load)
         show(load, found[str(load)])
         if keep is not None:
             trace.save(keep)
