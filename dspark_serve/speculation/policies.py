@@ -309,5 +309,5 @@ def _context(rows: Sequence[Row]) -> int:
 def _host(signal: Tensor | None) -> Floats | None:
     if signal is None:
         return None
-    values: Floats = signal.numpy(force=True).astype(np.float64)
+    values: Floats = signal.numpy(force=True).astype(np.float64, order="F")  # a slot's numbers side by side
     return values

@@ -42,11 +42,8 @@ class Members:
         known = list(set(temperatures))  # few
         levels = dict(zip(known, temperature_ranges(known).tolist(), strict=True))
         found = sorted(set(levels.values()))
-        if len(found) == 1:
-            ranges, rows = np.full(len(requests), found[0]), {found[0]: slice(None)}
-        else:
-            ranges = np.array([levels[temperature] for temperature in temperatures], dtype=np.int64)
-            rows = {level: np.flatnonzero(ranges == level) for level in found}
+        ranges = np.array([levels[temperature] for temperature in temperatures], dtype=np.int64)
+        rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
         ids = tuple([request.request_id for request in requests])
         return Members(requests, ids, ranges, rows, found in ([], [0]))
 
