@@ -249,6 +249,12 @@ class Plan:
     rows: tuple[Row, ...]
     num_preempted: int = 0
     admitted: tuple[str, ...] = ()  # ids of the requests that run for the first time
+    known_bare: tuple[Row, ...] = ()  # `bare`, of a plan whose maker has them: a row takes longer to make than to weigh
+
+    @cached_property
+    def bare(self) -> tuple[Row, ...]:
+        """The same rows without drafts."""
+        return self.known_bare or tuple([Row(row.request, row.start, row.length, row.samples) for row in self.rows])
 
     @cached_property
     def drafting(self) -> tuple[Row, ...]:

@@ -133,7 +133,7 @@ class Scheduler:
         new = [] if preempted else self._admit(budget)
         rows = sorted([*rows, *new], key=lambda row: _order(row.request))
         admitted = [row.request.request_id for row in new if not row.request.num_preemptions]
-        return Plan(self._reserve_drafts(rows), preempted, tuple(admitted))
+        return Plan(self._reserve_drafts(rows), preempted, tuple(admitted), tuple(rows))
 
     def _plan_running(self) -> tuple[list[Row], int]:
         rows: list[Row] = []

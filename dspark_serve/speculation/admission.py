@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from dspark_serve.speculation.budget import rows_worth_drafting
 from dspark_serve.speculation.calibrate import DraftSignals
 from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.speculation.recent import Members, Recent
 from dspark_serve.types import Plan, Row
 
@@ -96,17 +98,29 @@ class Admitted:
     lookup: Bools
     probed: str | None = None  # the request that drafts only to see what comes of it
 
+    @cached_property
+    def drafting(self) -> int:
+        """Rows that draft with the costly drafter."""
+        return int(np.count_nonzero(self.costly))
+
+    @cached_property
+    def looking(self) -> int:
+        """Rows that look up alone."""
+        return int(np.count_nonzero(self.lookup))
+
 
 class Admission:
     """Decides who drafts, and remembers what came of it.
 
     costly: the name of the drafter that takes a pass of a model. lookup: rows that do not earn it may look up.
+    own: where what is known of each request is kept, beside what others keep.
     """
 
-    def __init__(self, cost: CostModel, costly: str, lookup: bool) -> None:
+    def __init__(self, cost: CostModel, costly: str, lookup: bool, own: PerRequest | None = None) -> None:
         self._cost, self._costly, self._lookup = cost, costly, lookup
-        self._drafted = Recent()
-        self._found = Recent()  # the same of lookups, with those that found nothing
+        own = PerRequest() if own is None else own
+        self._drafted = Recent(own, "drafted")
+        self._found = Recent(own, "found")  # the same of lookups, with those that found nothing
         self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_PROBE_SHARE)
         self._lookup_ms = _LOOKUP_MS
         self._held: tuple[Members, Load, Admitted] | None = None

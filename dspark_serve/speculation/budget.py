@@ -7,6 +7,7 @@ times come from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +55,18 @@ def early_stop(survival: Floats, base: float, draft_ms: float, step_ms: Floats) 
     return _first(kept, survival, gains)
 
 
+def survival_of(probabilities: Floats) -> Floats:
+    """Of drafts [rows, width], given that the ones before are accepted: that all of them are."""
+    survival = probabilities.copy(order="F")
+    for before, slot in pairwise(survival.T):  # cumprod takes several times as long
+        slot *= before
+    return survival
+
+
 def _highest_first(survival: Floats) -> Floats:
     """Survival of all drafts there are [drafts], in the order in which they are admitted."""
-    ascending = np.sort(survival, axis=None)
+    ascending = survival.T.flatten()
+    ascending.sort()
     return ascending[ascending.searchsorted(0.0, side="right") :][::-1]
 
 
@@ -69,7 +79,7 @@ def _first(count: int, survival: Floats, gains: Floats) -> Ints:
     if not count:
         return np.zeros(len(survival), dtype=np.int64)
     last = gains[count - 1]
-    kept: Ints = (survival >= last).sum(1)
+    kept: Ints = (survival >= last).sum(1, dtype=np.int64)
     if count < len(gains) and gains[count] == last:
         tied = np.flatnonzero((survival == last).T)  # slot by slot
         kept -= np.bincount(tied[count - int(kept.sum()) :] % len(survival), minlength=len(survival))
@@ -169,7 +179,9 @@ class Drafted:
     def at(self, levels: Floats, scale: Floats, limits: Ints) -> tuple[Floats, Floats]:
         """Drafts kept and accepted, [rows, levels], of rows whose survival is `scale` [rows] times the usual."""
         # Computed level by level: sums over many rows run along memory.
-        first = self.survival.searchsorted(levels[:, None] / np.maximum(scale, 1e-6))
+        order = (-scale).argsort()  # so that what is searched for ascends: it is found in a third of the time
+        first = np.empty((len(levels), len(scale)), dtype=np.int64)
+        first[:, order] = self.survival.searchsorted(levels[:, None] / np.maximum(scale[order], 1e-6))
         share = self.by_limit[np.minimum(limits, len(self.by_limit) - 1)]
         kept = (len(self.survival) - first) / self.samples * share
         gain = self.sums[first] * (scale * share)

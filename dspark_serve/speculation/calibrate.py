@@ -29,6 +29,7 @@ _OWN_GAIN = 0.15  # of a request's own offset, per label: it has to follow the t
 _OWN_DECAY = 0.98
 _OWN_LIMIT, _LIMIT = 2.0, 4.0
 _BINS = 10
+_MANY = 1 << 30
 _BIN_DECAY = 0.999
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ class DraftSignals:
     n_draft: npt.NDArray[np.int64]  # [rows]
 
     @cached_property
+    def fewest(self) -> int:
+        """Drafts of the row that has the fewest."""
+        return int(self.n_draft.min(initial=_MANY))
+
+    @cached_property
     def groups(self) -> Mapping[tuple[str, int], slice | Ints]:
         """Rows by drafter and temperature range; mostly there is one of each, and no row has to be picked."""
         rows = len(self.kinds)
@@ -103,6 +109,14 @@ class _Slots:
     def of(slots: Sequence[SlotMap], width: int) -> _Slots:
         table = np.array([(s.confidence, s.largest, s.offset) for s in slots], dtype=np.float64)
         return _Slots(*table[np.minimum(np.arange(width), len(slots) - 1)].T.copy())
+
+    @cached_property
+    def uses_confidence(self) -> bool:
+        return bool(self.confidence.any())
+
+    @cached_property
+    def uses_largest(self) -> bool:
+        return bool(self.largest.any())
 
 
 @dataclass
@@ -128,7 +142,7 @@ class Calibrator:
     head: str = ""  # the drafter that `stored` is for
     adaptive: frozenset[str] = frozenset()
     _offsets: dict[tuple[str, int], _Offsets] = field(default_factory=dict)
-    _own: PerRequest = field(default_factory=PerRequest)  # a column per drafter: offsets
+    own: PerRequest = field(default_factory=PerRequest)  # a column per drafter: offsets
     _maps: dict[tuple[str, int], _Slots | None] = field(default_factory=dict)  # (mode, width), made when asked for
     _bins: Floats = field(default_factory=lambda: np.zeros((2, _BINS)))
 
@@ -139,11 +153,11 @@ class Calibrator:
             width = signals.confidence.shape[1]
         elif signals.largest is not None:
             width = signals.largest.shape[1]
-        logits = np.empty((rows, width))
+        logits = np.empty((rows, width), order="F")
         for (kind, level), index in signals.groups.items():
             logits[index] = self._logits(kind, level, signals, index, width)
         said = sigmoid(logits)
-        if rows and signals.n_draft.min() < width:
+        if signals.fewest < width:
             said[np.arange(width) >= signals.n_draft[:, None]] = 0.0
         return said
 
@@ -151,17 +165,17 @@ class Calibrator:
         """[rows of the group, width], or what broadcasts to that."""
         slots = self._stored(level, width) if kind == self.head else None
         logits: Floats = np.zeros((1, width)) if signals.confidence is None else logit(signals.confidence[index])
-        if slots is not None and (signals.confidence is not None or not slots.confidence.any()):
+        if slots is not None and (signals.confidence is not None or not slots.uses_confidence):
             logits *= slots.confidence
             logits += slots.offset
-            if signals.largest is not None and slots.largest.any():
+            if signals.largest is not None and slots.uses_largest:
                 logits = logits + logit(signals.largest[index]) * slots.largest
         learned = self._offsets.get((kind, level))
         if learned is not None:
             logits += learned.offset[:width]
         if kind not in self.adaptive:
-            lines = self._own.lines(signals.requests)[index]
-            logits = logits + self._own.column(kind)[lines][:, None]
+            lines = self.own.lines(signals.requests)[index]
+            logits = logits + self.own.column(kind)[lines][:, None]
         return logits
 
     def _stored(self, level: int, width: int) -> _Slots | None:
@@ -175,33 +189,35 @@ class Calibrator:
         self, signals: DraftSignals, said: Floats, n_kept: npt.NDArray[np.int64], n_accepted: npt.NDArray[np.int64]
     ) -> None:
         """Labels are the drafts up to the first rejected one, as far as they were kept: the rest was never judged."""
-        slot = np.arange(said.shape[1])
-        judged = slot < np.minimum(n_kept, n_accepted + 1)[:, None]  # [rows, width]
-        came = slot < n_accepted[:, None]
+        slot = np.arange(said.shape[1])[:, None]
+        judged = (slot < np.minimum(n_kept, n_accepted + 1)).T  # [rows, width], as it lies in memory: slot by slot
+        came = (slot < n_accepted).T
         error = (came - said) * judged
         for (kind, level), index in signals.groups.items():
             self._learn_slots((kind, level), judged[index], error[index])
             if kind not in self.adaptive:
-                lines, offset = self._own.lines(signals.requests)[index], self._own.column(kind)
+                lines, offset = self.own.lines(signals.requests)[index], self.own.column(kind)
                 own = _OWN_DECAY * offset[lines] + _OWN_GAIN * error[index].sum(1)
-                offset[lines] = own.clip(-_OWN_LIMIT, _OWN_LIMIT)
-        self._count(said[judged], came[judged])
+                offset[lines] = _within(own, _OWN_LIMIT)
+        self._count(said, judged, error)
 
     def _learn_slots(self, key: tuple[str, int], judged: npt.NDArray[np.bool_], error: Floats) -> None:
-        width = max(self.width, error.shape[1])
-        mine = self._offsets.setdefault(key, _Offsets(np.zeros(width), np.zeros(width)))
-        seen, used = judged.sum(0), slice(0, error.shape[1])
-        mine.labels[used] += seen
+        mine = self._offsets.get(key)
+        if mine is None:
+            width = max(self.width, error.shape[1])
+            mine = self._offsets[key] = _Offsets(np.zeros(width), np.zeros(width))
+        labels, offset = mine.labels[: error.shape[1]], mine.offset[: error.shape[1]]
+        labels += judged.sum(0)
         # The first labels move an offset by much, later ones by little, and a large batch is still one step.
-        gain = np.maximum(_SLOW, 4.0 / (mine.labels[used] + 8.0))
-        mine.offset[used] += (gain * error.sum(0)).clip(-0.5, 0.5)
-        mine.offset.clip(-_LIMIT, _LIMIT, out=mine.offset)
+        offset += _within(np.maximum(_SLOW, 4.0 / (labels + 8.0)) * error.sum(0), 0.5)
+        offset[:] = _within(offset, _LIMIT)
 
-    def _count(self, said: Floats, came: npt.NDArray[np.bool_]) -> None:
-        bins = np.minimum((said * _BINS).astype(np.int64), _BINS - 1)
+    def _count(self, said: Floats, judged: npt.NDArray[np.bool_], error: Floats) -> None:
+        """error: what came minus what was said, 0 where nothing was judged."""
+        bins = np.minimum((said * _BINS).astype(np.int64), _BINS - 1).ravel("F")
         self._bins *= _BIN_DECAY
-        self._bins[0] += np.bincount(bins, said - came, _BINS)
-        self._bins[1] += np.bincount(bins, minlength=_BINS)
+        self._bins[0] += np.bincount(bins, error.ravel("F"), _BINS)
+        self._bins[1] += np.bincount(bins, judged.ravel("F"), _BINS)
 
     @property
     def error(self) -> float:
@@ -210,7 +226,7 @@ class Calibrator:
         return float(np.abs(self._bins[0]).sum()) / total if total else 0.0
 
     def release(self, request_id: str) -> None:
-        self._own.release(request_id)
+        self.own.release(request_id)
 
 
 def sigmoid(x: Floats) -> Floats:
@@ -219,6 +235,11 @@ def sigmoid(x: Floats) -> Floats:
 
 
 def logit(probability: Floats) -> Floats:
-    clipped = probability.clip(_EDGE, 1 - _EDGE)
+    clipped = np.minimum(np.maximum(probability, _EDGE), 1 - _EDGE)
     result: Floats = np.log(clipped / (1 - clipped))
     return result
+
+
+def _within(values: Floats, limit: float) -> Floats:
+    """As clip, which takes several times as long for a few numbers."""
+    return np.minimum(np.maximum(values, -limit), limit)

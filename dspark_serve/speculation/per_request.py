@@ -14,7 +14,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _FIRST = 16  # lines to begin with
-_BATCHES = 4  # whose lines are remembered: a step asks for the same few again and again
 
 
 class PerRequest:
@@ -25,7 +24,8 @@ class PerRequest:
         self._free: list[int] = []
         self._columns: dict[str, Floats] = {}
         self._size = _FIRST
-        self._lines: dict[tuple[str, ...], Ints] = {}
+        self._asked: tuple[str, ...] = ()  # the last batch, which is mostly the next one as well, and its lines
+        self._lines: Ints = np.zeros(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._line)
@@ -35,16 +35,12 @@ class PerRequest:
 
     def lines(self, requests: tuple[str, ...]) -> Ints:
         """Where these requests are in every column [requests]; a request not seen before gets a line of zeros."""
-        found = self._lines.get(requests)
-        if found is None:
+        if requests != self._asked:
             places = list(map(self._line.get, requests))
             if None in places:
                 places = [self._find(request) for request in requests]
-            found = np.array(places, dtype=np.int64)
-            if len(self._lines) >= _BATCHES:
-                self._lines.clear()
-            self._lines[requests] = found
-        return found
+            self._asked, self._lines = requests, np.array(places, dtype=np.int64)
+        return self._lines
 
     def column(self, name: str) -> Floats:
         """One number per line [lines]; to be changed in place, and not to be kept: `lines` may replace it."""
@@ -57,7 +53,7 @@ class PerRequest:
         """Forget a request; unknown ones are fine."""
         line = self._line.pop(request, None)
         if line is not None:
-            self._lines.clear()
+            self._asked, self._lines = (), self._lines[:0]
             self._free.append(line)
             for column in self._columns.values():
                 column[line] = 0.0

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dspark_serve.speculation.admission import HURDLE, Admission, Allowance, Load
-from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows
+from dspark_serve.speculation.admission import HURDLE, Admission, Admitted, Allowance, Load
+from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.recent import Members
@@ -91,6 +91,9 @@ class _Step:
     """What was decided in a step, until its outcome is known."""
 
     load: Load
+    rows: tuple[Row, ...]  # that might have drafted
+    members: Members  # theirs
+    context: int  # theirs
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
     signals: DraftSignals | None = None
@@ -123,10 +126,11 @@ class AutoBudget:
         self._drafter, self._costly = drafter, costly
         self._per_user = tokens_per_s_per_user
         self._full = Allowance(_FULL_SHARE)
-        self._admission = None if costly is None else Admission(cost, costly, lookup)
-        self._members: dict[tuple[Request, ...], Members] = {}
+        self._admission = None if costly is None else Admission(cost, costly, lookup, calibrator.own)
+        self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
+        self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
         self._steps = 0
-        self._step = _Step(Load(0, 0, 0, True))
+        self._step = _Step(Load(0, 0, 0, True), (), Members.of(()), 0)
 
     @property
     def margin(self) -> float:
@@ -139,41 +143,42 @@ class AutoBudget:
         self._steps += 1
         drafting = plan.drafting
         members, context = self._who(drafting), _context(drafting)
-        self._step = step = _Step(Load.of(plan, members, context))
+        self._step = step = _Step(Load.of(plan, members, context), drafting, members, context)
         if not drafting or self._admission is None:
             return plan
         admitted = self._admission.decide(drafting, members, step.load, context, self._steps)
         step.probed = admitted.probed
-        if admitted.costly.all():
+        if admitted.drafting == len(drafting):
             return plan
-        step.skipped["acceptance" if admitted.costly.any() else "cost"] = int((~admitted.costly).sum())
-        if not admitted.costly.any():
-            step.looked_up = int(admitted.lookup.sum())
-        decided = zip(admitted.costly.tolist(), admitted.lookup.tolist(), strict=True)
-        rows = [row if row.max_drafts <= 0 else _barred(row, *next(decided)) for row in plan.rows]
-        return replace(plan, rows=tuple(rows))
+        step.skipped["acceptance" if admitted.drafting else "cost"] = len(drafting) - admitted.drafting
+        if not admitted.drafting:
+            step.looked_up = admitted.looking
+        return replace(plan, rows=_as_admitted(plan, admitted), known_bare=plan.bare)
 
-    def _who(self, rows: Sequence[Row]) -> Members:
+    def _who(self, rows: tuple[Row, ...]) -> Members:
         requests = tuple([row.request for row in rows])
-        members = self._members.get(requests)
+        members = self._members.pop(requests, None)
         if members is None:
+            members = Members.of(requests)
             if len(self._members) >= _BATCHES:
-                self._members.clear()
-            members = self._members[requests] = Members.of(requests)
+                del self._members[next(iter(self._members))]
+        self._members[requests] = members
         return members
 
     # ---- after the draft, before verification
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
-        n_draft = np.array(proposal.n_draft, dtype=np.int64)
-        total, step, drafting = int(n_draft.sum()), self._step, plan.drafting
+        total, step, drafting = sum(proposal.n_draft), self._step, plan.drafting
+        if proposal.n_draft != self._n_draft[0]:
+            self._n_draft = proposal.n_draft, np.array(proposal.n_draft, dtype=np.int64)
+        n_draft = self._n_draft[1]
         signals = self._signals(drafting, proposal, n_draft)
         if not total:
             if step.looked_up and self._admission is not None:
                 self._admission.remember_nothing_found(signals, self.calibrator.width, self._steps)
             return proposal.n_draft
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
-        survival: Floats = step.said.cumprod(1)
+        survival = survival_of(step.said)
         load, draft_ms = step.load, self._draft_ms(drafting, signals)
         times = load.times(self.cost, total)
         if self.calibrator.mode == "coupled":
@@ -194,8 +199,8 @@ class AutoBudget:
         counts: list[int] = kept.tolist()
         return counts
 
-    def _signals(self, rows: Sequence[Row], proposal: Proposal, n_draft: Ints) -> DraftSignals:
-        members = self._who(rows)
+    def _signals(self, rows: tuple[Row, ...], proposal: Proposal, n_draft: Ints) -> DraftSignals:
+        members = self._step.members if rows is self._step.rows else self._who(rows)
         return DraftSignals(
             requests=members.requests,
             kinds=proposal.drafters or (self._drafter,) * len(rows),
@@ -207,11 +212,11 @@ class AutoBudget:
 
     def _draft_ms(self, rows: Sequence[Row], signals: DraftSignals) -> float:
         """What the draft was expected to take."""
-        neural = rows
-        if signals.kinds.count(signals.kinds[0]) < len(rows) or signals.kinds[0] != self._costly:
+        step, neural = self._step, rows
+        if any([kind != self._costly for kind, _ in signals.groups]):
             neural = [row for row, kind in zip(rows, signals.kinds, strict=True) if kind == self._costly]
-        self._step.drafted = len(neural), _context(neural)
-        return self.cost.draft_ms(*self._step.drafted, self._step.load.greedy)
+        step.drafted = len(neural), step.context if neural is step.rows else _context(neural)
+        return self.cost.draft_ms(*step.drafted, step.load.greedy)
 
     # ---- after the step
 
@@ -280,9 +285,21 @@ class AutoBudget:
         )
 
 
-def _barred(row: Row, costly: bool, lookup: bool) -> Row:
-    """The row as it may draft."""
-    return row if costly else Row(row.request, row.start, row.length, row.samples, row.max_drafts * lookup, lookup)
+def _as_admitted(plan: Plan, admitted: Admitted) -> tuple[Row, ...]:
+    """The plan's rows, each as it may draft."""
+    if not admitted.drafting + admitted.looking:
+        return plan.bare
+    rows = list(plan.bare)
+    places: Sequence[int] = range(len(rows))
+    if len(plan.drafting) < len(rows):
+        places = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
+    decided = zip(places, plan.drafting, admitted.costly.tolist(), admitted.lookup.tolist(), strict=True)
+    for index, row, drafts, looks in decided:
+        if drafts:
+            rows[index] = row
+        elif looks:
+            rows[index] = Row(row.request, row.start, row.length, row.samples, row.max_drafts, lookup_only=True)
+    return tuple(rows)
 
 
 def _context(rows: Sequence[Row]) -> int:
@@ -292,5 +309,5 @@ def _context(rows: Sequence[Row]) -> int:
 def _host(signal: Tensor | None) -> Floats | None:
     if signal is None:
         return None
-    values: Floats = signal.numpy(force=True).astype(np.float64)
+    values: Floats = signal.numpy(force=True).astype(np.float64, order="F")  # a slot's numbers side by side
     return values

@@ -30,27 +30,33 @@ _MOST = 10.0  # times the usual survival
 class Members:
     """What does not change about the requests of a batch."""
 
-    requests: tuple[str, ...]  # [rows]
+    batch: tuple[Request, ...]  # [rows]
+    requests: tuple[str, ...]  # [rows] their ids
     ranges: Ints  # [rows] see temperature_ranges
     by_range: Mapping[int, slice | Ints]  # rows of each; mostly all are of one
     greedy: bool  # all of them
 
     @staticmethod
     def of(requests: tuple[Request, ...]) -> Members:
-        ranges = temperature_ranges([request.params.temperature for request in requests])
-        found = np.unique(ranges).tolist()
+        temperatures = [request.params.temperature for request in requests]
+        known = list(set(temperatures))  # few
+        levels = dict(zip(known, temperature_ranges(known).tolist(), strict=True))
+        found = sorted(set(levels.values()))
+        ranges = np.array([levels[temperature] for temperature in temperatures], dtype=np.int64)
         rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
-        return Members(tuple([request.request_id for request in requests]), ranges, rows, found in ([], [0]))
+        ids = tuple([request.request_id for request in requests])
+        return Members(requests, ids, ranges, rows, found in ([], [0]))
 
 
 class Recent:
     """Survival of the last blocks per temperature range, and of each request's own against that."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: PerRequest | None = None, name: str = "") -> None:
         self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
         self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
-        # "survival": of a block in the mean, summed over it; "blocks": how many; "step": when the last one was made.
-        self._own = PerRequest()
+        # Survival of a block in the mean, summed over it; how many; when the last one was made.
+        self._own = PerRequest() if own is None else own
+        self._survival, self._blocks, self._step = f"{name} survival", f"{name} blocks", f"{name} step"  # columns
 
     def expected(self, members: Members, limits: Ints) -> tuple[Floats, Floats, npt.NDArray[np.bool_] | None]:
         """Drafts that rows would keep and have accepted, [rows, levels] each; which rows too little is known of [rows],
@@ -81,28 +87,30 @@ class Recent:
     def _scale(self, requests: tuple[str, ...], usual: float) -> Floats:
         """Each request's survival in times of the usual; the less it has drafted, the nearer to 1."""
         lines = self._own.lines(requests)
-        blocks = self._own.column("blocks")[lines]
-        scale: Floats = (blocks * self._own.column("survival")[lines] / usual + _OTHERS) / (blocks + _OTHERS)
+        blocks = self._own.column(self._blocks)[lines]
+        scale: Floats = (blocks * self._own.column(self._survival)[lines] / usual + _OTHERS) / (blocks + _OTHERS)
         return np.minimum(scale, _MOST, out=scale)
 
     def last_steps(self, requests: tuple[str, ...]) -> Floats:
         """When each of these drafted last [requests]; 0: never."""
         lines = self._own.lines(requests)
-        return self._own.column("step")[lines]
+        return self._own.column(self._step)[lines]
 
     def remember(self, signals: DraftSignals, drafter: str, survival: Floats, step: int, weight: int = 1) -> None:
         """Blocks that this drafter has made in a step; survival [rows, width]. Each counts `weight` times."""
         for (kind, level), rows in signals.groups.items():
             if kind == drafter:
-                n_draft = signals.n_draft[rows]
-                if not n_draft.all():
-                    drafted = np.flatnonzero(n_draft)
-                    rows, n_draft = np.arange(len(signals.kinds))[rows][drafted], n_draft[drafted]
+                n_draft, blocks = signals.n_draft[rows], survival[rows]
+                lines = self._own.lines(signals.requests)[rows]
+                if signals.fewest == blocks.shape[1]:  # as nearly always
+                    self._remember_all(level, blocks, weight)
+                    self._remember_each(lines, blocks.sum(1), step)
+                    continue
+                drafted = n_draft > 0
+                lines, n_draft, blocks = lines[drafted], n_draft[drafted], blocks[drafted]
                 if len(n_draft):
-                    blocks = survival[rows]
-                    whole = n_draft == blocks.shape[1]
-                    self._remember_all(level, blocks if whole.all() else blocks[whole], weight)
-                    self._remember_each(self._own.lines(signals.requests)[rows], n_draft, blocks, step)
+                    self._remember_all(level, blocks[n_draft == blocks.shape[1]], weight)
+                    self._remember_each(lines, _as_whole(blocks, n_draft), step)
 
     def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:
         """Of whole blocks only: how the others would have gone on is not known."""
@@ -115,19 +123,25 @@ class Recent:
         self._summaries.pop(level, None)
         self._samples[level] = blocks[-_SAMPLES:]
 
-    def _remember_each(self, lines: Ints, n_draft: Ints, blocks: Floats, step: int) -> None:
-        usual = (blocks.sum(0) / len(blocks)).cumsum()
-        share = usual / max(float(usual[-1]), 1e-6)
-        # A request that may draft little is judged as if it had drafted whole blocks, as all others are.
-        whole = blocks.sum(1) / np.maximum(share[n_draft - 1], 1e-3)
-        survival, blocks_of = self._own.column("survival"), self._own.column("blocks")
-        own, count = survival[lines], blocks_of[lines] + 1
+    def _remember_each(self, lines: Ints, whole: Floats, step: int) -> None:
+        """whole [lines]: survival of each one's block, summed over it."""
+        survival, blocks = self._own.column(self._survival), self._own.column(self._blocks)
+        own, count = survival[lines], blocks[lines] + 1
         survival[lines] = own + np.maximum(_OWN_GAIN, 1 / count) * (whole - own)
-        blocks_of[lines] = count
-        self._own.column("step")[lines] = step
+        blocks[lines] = count
+        self._own.column(self._step)[lines] = step
 
     def release(self, request_id: str) -> None:
         self._own.release(request_id)
+
+
+def _as_whole(blocks: Floats, n_draft: Ints) -> Floats:
+    """Survival summed over each block: a request that may draft little is judged as if it had drafted whole blocks, as
+    all others are."""
+    usual = (blocks.sum(0) / len(blocks)).cumsum()
+    share = usual / max(float(usual[-1]), 1e-6)
+    whole: Floats = blocks.sum(1) / np.maximum(share[n_draft - 1], 1e-3)
+    return whole
 
 
 def _widen(samples: Floats, width: int) -> Floats:

@@ -218,9 +218,9 @@ def test_a_finished_request_is_forgotten_and_forgets_nothing_else():
         engine.add(make_request(name, PROMPTS[0]["prompt_token_ids"], max_tokens=12 if name == "a" else 40))
     while "a" in engine.scheduler._by_id:
         engine.step()
-    assert set(engine.budget.calibrator._own) == {"b"}
+    assert set(engine.budget.calibrator.own) == {"b"}
     engine.cancel("b")
-    assert not engine.budget.calibrator._own
+    assert not engine.budget.calibrator.own
 
 
 def test_steps_report_what_the_budget_expected():
