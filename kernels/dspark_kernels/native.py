@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 PLAIN, RESIDUAL, SWIGLU = range(3)  # what a product does with its sums
 
-FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8 = range(5)  # how a packed weight is stored, weights.h
+# How a packed weight is stored, weights.h.
+FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8, HALF_CODES4, HALF_CODES8 = range(7)
 _STORAGE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 STORED = tuple(_STORAGE)  # types of numbers that are read as they are
 
@@ -100,15 +101,15 @@ class PackedWeight:
 
     def rows(self, ids: Tensor) -> BlockWeight | None:
         """Outputs `ids` [n] as they were before packing; None unless they are blocks of 8-bit codes."""
-        if self.storage != CODES8 or self.gated:
+        if self.storage not in (CODES8, HALF_CODES8) or self.gated:
             return None
-        panel, group = 2 * self._lanes, self.group
-        groups = self.inputs // group
-        stored = self.panels.view(-1, groups, panel * (8 + group))  # scales, minima, then codes input by input
-        numbers = stored[:, :, : panel * 8].view(torch.float32).view(-1, groups, 2, panel)
-        codes = stored[:, :, panel * 8 :].view(torch.int8).view(-1, groups, group, panel)
+        panel, group, dtype = 2 * self._lanes, self.group, torch.float32 if self.storage == CODES8 else torch.float16
+        groups, both = self.inputs // group, 2 * panel * dtype.itemsize  # bytes of scales and minima
+        stored = self.panels.view(-1, groups, both + panel * group)  # scales, minima, then codes input by input
+        numbers = stored[:, :, :both].view(dtype).view(-1, groups, 2, panel)
+        codes = stored[:, :, both:].view(torch.int8).view(-1, groups, group, panel)
         at, lane = ids // panel, ids % panel
-        scales, minima = numbers[at, :, 0, lane], numbers[at, :, 1, lane]
+        scales, minima = numbers[at, :, 0, lane].float(), numbers[at, :, 1, lane].float()
         return BlockWeight(codes[at, :, :, lane].flatten(1), scales, minima)
 
     @property
@@ -120,8 +121,14 @@ class PackedWeight:
 def _source(weight: Tensor | BlockWeight, gated: bool) -> tuple[_Source, list[Tensor]]:
     """For pack.cpp, and the tensors whose memory it points into."""
     if isinstance(weight, BlockWeight):
-        kept = [part.contiguous() for part in (weight.codes, weight.scales, weight.minima)]
-        storage, group = (CODES4 if weight.bits == 4 else CODES8), weight.group
+        scales, minima = weight.scales, weight.minima
+        halves = scales.half(), minima.half()
+        small = torch.equal(halves[0].float(), scales) and torch.equal(halves[1].float(), minima)
+        kept = [part.contiguous() for part in (weight.codes, *(halves if small else (scales, minima)))]
+        storage = {(4, False): CODES4, (8, False): CODES8, (4, True): HALF_CODES4, (8, True): HALF_CODES8}[
+            weight.bits, small
+        ]
+        group = weight.group
     elif weight.dtype in _STORAGE and weight.dim() == 2:
         kept = [weight.contiguous()]
         storage, group = _STORAGE[weight.dtype], weight.shape[1]

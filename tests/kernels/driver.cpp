@@ -14,7 +14,7 @@ using namespace dspark;
 extern "C" {
 struct Source {  // as in pack.cpp
     const void* values;
-    const float *scales, *minima;
+    const void *scales, *minima;
     int64_t storage, group, outputs, inputs, gated;
 };
 const char* dspark_isa();
@@ -88,22 +88,33 @@ Weight weight_of(Random& random, int64_t storage, bool gated, int64_t outputs, i
             w.halves.push_back(half);
         }
         values = w.halves.data();
-    } else if (storage == CODES4 || storage == CODES8) {
+    } else if (storage != FLOAT32) {
+        bool eight = storage == CODES8 || storage == HALF_CODES8;
         w.group = 32;
         w.scales.resize(count / 32), w.minima.resize(count / 32);
         for (float& x : w.scales) x = static_cast<float>(random.word() % 64) * 0x1p-10f;
         for (float& x : w.minima) x = static_cast<float>(random.word() % 64) * -0x1p-7f;
+        if (storage >= HALF_CODES4) {  // float16 below 2^-6, denormals among them
+            for (auto* numbers : {&w.scales, &w.minima}) {
+                for (float& x : *numbers) {
+                    w.halves.push_back(static_cast<uint16_t>(random.word() & 0x23ff));
+                    x = static_cast<float>(half_value(w.halves.back()));
+                }
+            }
+        }
         for (int64_t i = 0; i < count; i++) {
-            int code = static_cast<int>(random.word() & (storage == CODES4 ? 15 : 255));
-            if (storage == CODES8) w.codes.push_back(static_cast<uint8_t>(code));
+            int code = static_cast<int>(random.word() & (eight ? 255 : 15));
+            if (eight) w.codes.push_back(static_cast<uint8_t>(code));
             else if (i % 2) w.codes.back() = static_cast<uint8_t>(w.codes.back() | code << 4);
             else w.codes.push_back(static_cast<uint8_t>(code));
-            if (storage == CODES8 && code > 127) code -= 256;
+            if (eight && code > 127) code -= 256;
             w.floats[i] = static_cast<float>(code) * w.scales[i / 32] + w.minima[i / 32];
         }
         values = w.codes.data();
     }
-    Source source{values, w.scales.data(), w.minima.data(), storage, w.group, outputs, inputs, gated};
+    const void *scales = w.scales.data(), *minima = w.minima.data();
+    if (storage >= HALF_CODES4) scales = w.halves.data(), minima = w.halves.data() + count / w.group;
+    Source source{values, scales, minima, storage, w.group, outputs, inputs, gated};
     w.packed.resize(dspark_packed_size(&source));
     dspark_pack(&source, w.packed.data());
     return w;
@@ -120,7 +131,7 @@ void products(bool with_norm) {
         for (int64_t i = 0; i < inputs; i++) squares += normed[row * inputs + i] * normed[row * inputs + i];
         for (int64_t i = 0; i < inputs; i++) normed[row * inputs + i] *= norm[i] / std::sqrt(squares / inputs + 1e-5f);
     }
-    for (int64_t storage = FLOAT32; storage <= CODES8; storage++) {
+    for (int64_t storage = FLOAT32; storage <= HALF_CODES8; storage++) {
         for (int64_t gated = 0; gated < 2; gated++) {
             Weight w = weight_of(random, storage, gated, outputs, inputs);
             int64_t wide = gated ? outputs / 2 : outputs;

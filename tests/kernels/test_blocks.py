@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,21 +19,25 @@ SHAPES = [(5, 32), (33, 64), (100, 576), (70, 1536)]  # [outputs, inputs]
 ROWS = (1, 2, 3, 4, 5, 8, 12, 13, 25, 48, 73, 90)  # beyond 72 every instruction set decodes panels first
 
 
-def block_weight(rows: int, columns: int, bits: int, group: int) -> BlockWeight:
-    """Random codes over their whole range; scales are float16 numbers as in files, some of them negative or zero."""
+def block_weight(rows: int, columns: int, bits: int, group: int, factor: float = 1.0) -> BlockWeight:
+    """Random codes over their whole range; scales are float16 numbers as in files, some of them negative or zero, times
+    a factor as in K-quants."""
     torch.manual_seed(rows * columns + bits + group)
     codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
-    scales = (torch.randn(rows, columns // group) * 0.01).half().float()
+    scales = (torch.randn(rows, columns // group) * 0.01).half().float() * factor
     scales[0] = 0
     minima = torch.randn(rows, columns // group).half().float()
     return BlockWeight(codes if bits == 4 else codes.view(torch.int8), scales, minima)
 
 
+@pytest.mark.parametrize("factor", [1.0, 5.0])  # scales that are float16, and some that are not
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_have_the_bits_of_their_floats(kernels: Kernels, shape: tuple[int, int], bits: int, group: int) -> None:
-    check(kernels, block_weight(*shape, bits, group))
+def test_blocks_have_the_bits_of_their_floats(
+    kernels: Kernels, shape: tuple[int, int], bits: int, group: int, factor: float
+) -> None:
+    check(kernels, block_weight(*shape, bits, group, factor))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -69,8 +74,12 @@ def check(kernels: Kernels, weight: BlockWeight | Tensor) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_they_take_little_memory(kernels: Kernels, bits: int) -> None:
-    packed = PackedWeight(kernels, block_weight(64, 576, bits, 32), None, False)
-    assert packed.panels.nbytes == 64 * 576 * (bits + 2) // 8  # 64 bits of scale and minimum per group
+    """32 bits of scale and minimum per group, as in the file, and 64 where either is no float16 number."""
+    weight = block_weight(64, 576, bits, 32)
+    odd = weight.minima.clone()
+    odd[-1, -1] = 1e6  # float16 ends at 65504
+    for blocks, extra in ((weight, 1), (block_weight(64, 576, bits, 32, 5.0), 2), (replace(weight, minima=odd), 2)):
+        assert PackedWeight(kernels, blocks, None, False).panels.nbytes == 64 * 576 * (bits + extra) // 8
 
 
 def test_codes_lie_low_half_first() -> None:
@@ -100,8 +109,9 @@ def test_other_types_are_refused(kernels: Kernels) -> None:
         PackedWeight(kernels, torch.ones(4, 8, dtype=torch.float64), None, False)
 
 
-def test_rows_come_back_out_of_the_panels(kernels: Kernels) -> None:
-    weight = block_weight(100, 64, 8, 32)
+@pytest.mark.parametrize("factor", [1.0, 5.0])
+def test_rows_come_back_out_of_the_panels(kernels: Kernels, factor: float) -> None:
+    weight = block_weight(100, 64, 8, 32, factor)
     ids = torch.tensor([99, 0, 31, 32, 64, 7])
     rows = PackedWeight(kernels, weight, None, False).rows(ids)
     assert rows is not None

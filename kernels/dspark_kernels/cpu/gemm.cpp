@@ -5,6 +5,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -56,43 +57,52 @@ void finish(const Product& p, int64_t row, int64_t panel, Vec low, Vec high) {
     }
 }
 
-struct Work {  // one panel, for all rows
+struct Work {  // a panel, or it and the next, for all rows
     const Product& p;
     const float* x;
     int64_t stride, panel;
     const char* weights;
+    int64_t bytes;  // of a panel
 };
 
-template <class Weights, int ROWS>
+template <class Weights, int PANELS, int ROWS>
 void tile(const Work& w, int64_t row) {
-    Vec sums[ROWS][2];
-    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = broadcast(0.0f);
-    Weights weights(w.weights, w.p.group);
+    Vec sums[ROWS][PANELS][2];
+    Weights weights[PANELS];
+    for (int n = 0; n < PANELS; n++) {
+        weights[n] = Weights(w.weights + n * w.bytes, w.p.group);
+        for (int r = 0; r < ROWS; r++) sums[r][n][0] = sums[r][n][1] = broadcast(0.0f);
+    }
     const float* from = w.x + row * w.stride;
     for (int64_t start = 0; start < w.p.inputs; start += w.p.group) {
-        weights.open();
+        for (int n = 0; n < PANELS; n++) weights[n].open();
         for (int64_t i = start; i < start + w.p.group; i++) {
-            Vec low, high;
-            weights.next(low, high);
-            for (int r = 0; r < ROWS; r++) {
-                Vec value = broadcast(from[r * w.stride + i]);
-                sums[r][0] = fma(value, low, sums[r][0]);
-                sums[r][1] = fma(value, high, sums[r][1]);
+            for (int n = 0; n < PANELS; n++) {
+                Vec low, high;
+                weights[n].next(low, high);
+                for (int r = 0; r < ROWS; r++) {
+                    Vec value = broadcast(from[r * w.stride + i]);
+                    sums[r][n][0] = fma(value, low, sums[r][n][0]);
+                    sums[r][n][1] = fma(value, high, sums[r][n][1]);
+                }
             }
         }
     }
-    for (int r = 0; r < ROWS; r++) finish(w.p, row + r, w.panel, sums[r][0], sums[r][1]);
+    for (int n = 0; n < PANELS; n++) {
+        for (int r = 0; r < ROWS; r++) finish(w.p, row + r, w.panel + n, sums[r][n][0], sums[r][n][1]);
+    }
 }
 
-template <class Weights, int... ROWS>
+template <class Weights, int PANELS, int... ROWS>
 void choose(const Work& w, int64_t row, int64_t rows, std::integer_sequence<int, ROWS...>) {
-    constexpr void (*tiles[])(const Work&, int64_t) = {tile<Weights, ROWS + 1>...};
+    constexpr void (*tiles[])(const Work&, int64_t) = {tile<Weights, PANELS, ROWS + 1>...};
     tiles[rows - 1](w, row);
 }
 
+// The highest tile whose sums stay in registers.
 template <class Weights>
-constexpr int tile_rows() {
-    return (REGISTERS - Weights::SPARE) / 2;
+constexpr int tile_rows(int panels = 1) {
+    return (REGISTERS / panels - Weights::SPARE) / 2;
 }
 
 // Tiles of nearly equal height: a remainder of one row would read the panel again for little work.
@@ -102,14 +112,14 @@ void all_rows(const Work& w) {
     int64_t rows = w.p.rows, tiles = (rows + HIGHEST - 1) / HIGHEST;
     for (int64_t t = 0; t < tiles; t++) {
         int64_t row = rows * t / tiles, stop = rows * (t + 1) / tiles;
-        choose<Weights>(w, row, stop - row, std::make_integer_sequence<int, HIGHEST>{});
+        choose<Weights, 1>(w, row, stop - row, std::make_integer_sequence<int, HIGHEST>{});
     }
 }
 
 // For many tiles it is cheaper to decode the panel once and keep it as floats (measured: 6 with AVX2, 7 with AVX-512).
 template <class Weights>
 void decoded(const Work& w) {
-    if (w.p.rows <= DECODING_TILES * tile_rows<Weights>()) return all_rows<Weights>(w);
+    if (std::is_same_v<Weights, Floats> || w.p.rows <= DECODING_TILES * tile_rows<Weights>()) return all_rows<Weights>(w);
     thread_local std::vector<float> floats;
     floats.resize(w.p.inputs * PANEL);
     float* to = floats.data();
@@ -123,16 +133,27 @@ void decoded(const Work& w) {
             store(to + LANES, high);
         }
     }
-    all_rows<Floats>({w.p, w.x, w.stride, w.panel, reinterpret_cast<const char*>(floats.data())});
+    all_rows<Floats>({w.p, w.x, w.stride, w.panel, reinterpret_cast<const char*>(floats.data()), 0});
 }
 
-void one_panel(const Work& w) {
-    switch (w.p.storage) {
-        case FLOAT32: return all_rows<Floats>(w);
-        case BFLOAT16: return decoded<BFloats>(w);
-        case FLOAT16: return decoded<HalfFloats>(w);
-        case CODES4: return decoded<Codes<4>>(w);
-        case CODES8: return decoded<Codes<8>>(w);
+// One row has too few sums for the arithmetic to keep up with the memory: each waits for its last addition. So a few rows
+// take two panels at a time.
+template <class Weights>
+void all_panels(const Product& p, const float* x, int64_t stride, int64_t panels) {
+    constexpr int PAIRED = Weights::PAIRS ? tile_rows<Weights>(2) : 0;
+    int64_t bytes = panel_bytes(p.storage, p.inputs, p.group), step = p.rows <= PAIRED ? 2 : 1;
+    // Neighbouring panels go to one thread: what it has prefetched beyond the end of one is the start of the next.
+    int64_t share = std::clamp(CHUNK / bytes, step, panels / 8 + step) / step;
+#pragma omp for schedule(dynamic, share)
+    for (int64_t panel = 0; panel < panels; panel += step) {
+        Work work{p, x, stride, panel, p.packed + panel * bytes, bytes};
+        if constexpr (PAIRED > 0) {
+            if (step == 2 && panel + 1 < panels) {
+                choose<Weights, 2>(work, 0, p.rows, std::make_integer_sequence<int, PAIRED>{});
+                continue;
+            }
+        }
+        decoded<Weights>(work);
     }
 }
 
@@ -141,7 +162,6 @@ void one_panel(const Work& w) {
 void dspark::run_product(const Product& p) {
     int64_t per_panel = p.epilogue == SWIGLU ? LANES : PANEL;
     int64_t panels = (p.outputs + per_panel - 1) / per_panel;
-    int64_t bytes = panel_bytes(p.storage, p.inputs, p.group);
     const float* x = p.norm ? p.scratch : p.x;
     int64_t stride = p.norm ? p.inputs : p.x_stride;
     if (p.norm) {
@@ -150,10 +170,7 @@ void dspark::run_product(const Product& p) {
             rms_norm(p.x + row * p.x_stride, p.norm, p.scratch + row * p.inputs, p.inputs, p.eps);
         }
     }
-    // Neighbouring panels go to one thread: what it has prefetched beyond the end of one is the start of the next.
-    int64_t share = std::clamp(CHUNK / bytes, int64_t(1), panels / 8 + 1);
-#pragma omp for schedule(dynamic, share)
-    for (int64_t panel = 0; panel < panels; panel++) one_panel({p, x, stride, panel, p.packed + panel * bytes});
+    with_reader(p.storage, [&](auto reader) { all_panels<decltype(reader)>(p, x, stride, panels); });
 }
 
 extern "C" {

@@ -3,6 +3,7 @@
 // A weight [outputs, inputs] is stored as panels of PANEL outputs. A panel goes through the inputs in order:
 //   FLOAT32, BFLOAT16, FLOAT16  PANEL values per input
 //   CODES4, CODES8              per group of inputs: PANEL scales, PANEL minima (floats), then PANEL codes per input
+//   HALF_CODES4, HALF_CODES8    the same, scales and minima in float16: for those that are such numbers
 // A code stands for code * scale + minimum. GGUF's scales leave the product exact, so this is what dequantising into
 // float32 gives, bit for bit; bfloat16 and float16 widen exactly. A product's bits do not depend on the storage.
 #pragma once
@@ -11,7 +12,7 @@
 
 namespace dspark {
 
-enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8 };  // mirrored by native.py
+enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8, HALF_CODES4, HALF_CODES8 };  // mirrored by native.py
 
 constexpr int64_t LINE = 64;     // bytes the memory hands over at once
 constexpr int64_t AHEAD = 2048;  // bytes that prefetching runs ahead of a panel's stream
@@ -20,11 +21,16 @@ inline void prefetch_bytes(const char* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) prefetch(reinterpret_cast<const float*>(from + AHEAD + i));
 }
 
-// Readers: `open` before each group of inputs, `next` for each input.
+inline Vec widen(const float* from) { return load(from); }
+inline Vec widen(const uint16_t* from) { return load_float16(from); }
+
+// Readers of a panel: `open` before each group of inputs, `next` for each input.
 
 struct Floats {
     static constexpr int SPARE = 3;  // vector registers a tile needs beside its sums
+    static constexpr bool PAIRS = false;  // whether a few rows take two panels at a time
     const float* at;
+    Floats() = default;
     Floats(const char* panel, int64_t) : at(reinterpret_cast<const float*>(panel)) {}
     static int64_t group_bytes(int64_t group) { return group * PANEL * 4; }
     void open() {}
@@ -39,7 +45,9 @@ struct Floats {
 template <Vec (*LOAD)(const uint16_t*)>
 struct Halves {
     static constexpr int SPARE = 3;
+    static constexpr bool PAIRS = false;
     const uint16_t* at;
+    Halves() = default;
     Halves(const char* panel, int64_t) : at(reinterpret_cast<const uint16_t*>(panel)) {}
     static int64_t group_bytes(int64_t group) { return group * PANEL * 2; }
     void open() {}
@@ -54,23 +62,25 @@ struct Halves {
 using BFloats = Halves<load_bfloat16>;
 using HalfFloats = Halves<load_float16>;
 
-template <int BITS>
+template <int BITS, class Scale>
 struct Codes {
     static constexpr int SPARE = 7;
+    static constexpr bool PAIRS = true;
     static constexpr int64_t STEP = PANEL * BITS / 8;  // bytes per input
     const char* at;
     int64_t group;
     Vec low_scale, high_scale, low_minimum, high_minimum;
+    Codes() = default;
     Codes(const char* panel, int64_t group) : at(panel), group(group) {}
-    static int64_t group_bytes(int64_t group) { return 2 * PANEL * 4 + group * STEP; }
+    static int64_t group_bytes(int64_t group) { return 2 * PANEL * sizeof(Scale) + group * STEP; }
     void open() {
         prefetch_bytes(at, group_bytes(group));
-        const float* scales = reinterpret_cast<const float*>(at);
-        low_scale = load(scales);
-        high_scale = load(scales + LANES);
-        low_minimum = load(scales + PANEL);
-        high_minimum = load(scales + PANEL + LANES);
-        at += 2 * PANEL * 4;
+        const Scale* scales = reinterpret_cast<const Scale*>(at);
+        low_scale = widen(scales);
+        high_scale = widen(scales + LANES);
+        low_minimum = widen(scales + PANEL);
+        high_minimum = widen(scales + PANEL + LANES);
+        at += 2 * PANEL * sizeof(Scale);
     }
     void next(Vec& low, Vec& high) {
         if (BITS == 4) {
@@ -85,15 +95,22 @@ struct Codes {
     }
 };
 
-inline int64_t panel_bytes(int64_t storage, int64_t inputs, int64_t group) {
-    int64_t groups = inputs / group;
+// Does `what` with a reader of the storage, whose type is what counts.
+template <class Do>
+auto with_reader(int64_t storage, Do what) {
     switch (storage) {
-        case FLOAT32: return groups * Floats::group_bytes(group);
-        case BFLOAT16: return groups * BFloats::group_bytes(group);
-        case FLOAT16: return groups * HalfFloats::group_bytes(group);
-        case CODES4: return groups * Codes<4>::group_bytes(group);
-        default: return groups * Codes<8>::group_bytes(group);
+        case FLOAT32: return what(Floats());
+        case BFLOAT16: return what(BFloats());
+        case FLOAT16: return what(HalfFloats());
+        case CODES4: return what(Codes<4, float>());
+        case CODES8: return what(Codes<8, float>());
+        case HALF_CODES4: return what(Codes<4, uint16_t>());
+        default: return what(Codes<8, uint16_t>());
     }
+}
+
+inline int64_t panel_bytes(int64_t storage, int64_t inputs, int64_t group) {
+    return inputs / group * with_reader(storage, [&](auto reader) { return decltype(reader)::group_bytes(group); });
 }
 
 }  // namespace dspark
