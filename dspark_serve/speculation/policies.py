@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from dspark_serve.speculation.admission import HURDLE, Admission, Allowance, Load
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows
@@ -196,12 +195,13 @@ class AutoBudget:
 
     def _signals(self, rows: Sequence[Row], proposal: Proposal, n_draft: Ints) -> DraftSignals:
         members = self._who(rows)
+        confidence, largest = proposal.signals_to_host()
         return DraftSignals(
             requests=members.requests,
             kinds=proposal.drafters or (self._drafter,) * len(rows),
             ranges=members.ranges,
-            confidence=_host(proposal.confidence),
-            largest=_host(proposal.largest),
+            confidence=confidence,
+            largest=largest,
             n_draft=n_draft,
         )
 
@@ -287,10 +287,3 @@ def _barred(row: Row, costly: bool, lookup: bool) -> Row:
 
 def _context(rows: Sequence[Row]) -> int:
     return sum([row.start for row in rows]) + len(rows)
-
-
-def _host(signal: Tensor | None) -> Floats | None:
-    if signal is None:
-        return None
-    values: Floats = signal.numpy(force=True).astype(np.float64)
-    return values
