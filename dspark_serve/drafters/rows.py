@@ -153,12 +153,10 @@ def committed(batch: StepBatch, verdict: Verdict) -> Tensor | None:
     Off the CPU that is always so: how many stay is not asked, for the device would have to be waited for. What is kept
     of rejected drafts lies in slots that the tokens that do come there are written to before anything reads them.
     """
-    device, total = batch.token_ids.device, batch.token_ids.shape[0]
-    if not batch.drafts.shape[1] or device.type != "cpu":
+    if not batch.drafts.shape[1] or batch.drafts.device.type != "cpu":
         return None
-    # Which token belongs to which row is known on the host: a few integers, not half a dozen operations on the device.
-    lens = np.array(batch.query_lens)
+    lens, total = np.array(batch.query_lens), sum(batch.query_lens)
     kept = np.maximum(np.array(batch.sample_lens) - 1, 0)
-    place = torch.from_numpy(np.arange(total) - (lens.cumsum() - kept).repeat(lens)).to(device)  # of drafts: 0, 1, ...
-    row = torch.from_numpy(np.arange(len(lens)).repeat(lens)).to(device)
+    place = torch.from_numpy(np.arange(total) - (lens.cumsum() - kept).repeat(lens))  # of drafts: 0, 1, ...
+    row = torch.from_numpy(np.arange(len(lens)).repeat(lens))
     return (place < verdict.n_accepted[row]).nonzero().squeeze(1)
