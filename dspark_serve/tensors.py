@@ -165,11 +165,11 @@ class Proposal:
         return Proposal(tokens, tuple(n_draft), probs, confidence, largest=place(self.largest, 0.0))
 
     def signals_to_host(self) -> tuple[Floats | None, Floats | None]:
-        """`confidence` and `largest`, each [rows, width]: in one copy from the device, where there are both."""
+        """`confidence` and `largest`, each [rows, width]: in one copy from the device."""
         given = [signal for signal in (self.confidence, self.largest) if signal is not None]
-        if len(given) == 2 and given[0].device.type != "cpu":
+        if given and given[0].device.type != "cpu":
             given = list(torch.stack(given).cpu())
-        values = iter([signal.numpy(force=True).astype(np.float64) for signal in given])
+        values = iter([signal.numpy().astype(np.float64) for signal in given])
         return None if self.confidence is None else next(values), None if self.largest is None else next(values)
 
     def trim(self, kept: Sequence[int]) -> Proposal:

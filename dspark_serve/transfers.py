@@ -27,7 +27,8 @@ def to_device(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:
     places = [slice(first, first + source.nbytes) for first, source in zip(firsts, sources, strict=False)]
     # The device reads from pinned memory when it gets there; torch keeps that from being used again before.
     packed = torch.empty(firsts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    memory = packed.numpy()
     for source, place in zip(sources, places, strict=True):
-        packed[place].copy_(source.flatten().view(torch.uint8))
+        memory[place] = source.numpy().reshape(-1).view(np.uint8)
     there = packed.to(device, non_blocking=True)
     return [there[place].view(s.dtype).view(s.shape) for s, place in zip(sources, places, strict=True)]

@@ -32,7 +32,6 @@ from tests.toy import make_engine, make_request, toy_model
 from tests.training import stand_in as pretended
 
 SIZED_BY_VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
-HEADS = ["dspark_vanilla", "dspark_rnn", "dflash", "eagle3"]
 
 
 def waits(name: str, source: Any, out: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
@@ -95,7 +94,7 @@ def serve(engine: Engine, counted: Counter[str], **params: Any) -> list[dict[str
     for index in range(3):
         prompt = [5 + index, 6, 7, 6, 7, 6, 7]
         engine.add(
-            make_request(f"r{index}", prompt, seed=index, max_tokens=12, temperature=0.0, ignore_eos=True, **params)
+            make_request(f"r{index}", prompt, seed=index, max_tokens=8, temperature=0.0, ignore_eos=True, **params)
         )
     engine.step()
     found, kept = [], 0
@@ -122,13 +121,13 @@ def test_lookups_only_go_there(counted: Counter[str]) -> None:
     check(serve(engine_there("ngram"), counted), {1}, 4)
 
 
-@pytest.mark.parametrize("drafter", [*HEADS, "portfolio"])
+@pytest.mark.parametrize("drafter", ["dspark_vanilla", "eagle3", "portfolio"])
 def test_a_head_is_waited_for_once_more(counted: Counter[str], drafter: str) -> None:
     """How sure it is of its drafts decides how many are verified; nothing else comes back of them."""
     check(serve(engine_there(drafter), counted), {1, 2}, 8)
 
 
-@pytest.mark.parametrize("drafter", HEADS)
+@pytest.mark.parametrize("drafter", ["dflash", "eagle3"])
 def test_a_head_that_nobody_judges_is_not_waited_for(counted: Counter[str], drafter: str) -> None:
     engine = engine_there(drafter)
     engine.budget = KeepAll()
@@ -157,6 +156,7 @@ def test_arrays_go_there_in_one_copy(counted: Counter[str]) -> None:
     arrays = [
         np.arange(12).reshape(3, 4).T,
         np.zeros((2, 0), dtype=np.int64),
+        np.array([], dtype=np.int64),
         np.array([True, False, True]),
         np.array([0.5, float("-inf"), float("nan")], dtype=np.float32),
         np.array([-(1 << 63), 7]),
