@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dspark_serve.transfers import to_device
 from dspark_serve.types import GREEDY_TEMPERATURE, RowResult, TokenLogprobs
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,12 @@ class StepBatch:
     context_lens: tuple[int, ...]  # [rows] keys visible to the row's last token (its own included)
     sample_index: Tensor  # [samples] int64, index into tokens
     sample_lens: tuple[int, ...]  # [rows] 0, or 1 + kept drafts
+    sample_spans: Tensor  # [2, rows] int64 contiguous: each row's first sample, and sample_lens for the device
     drafts: Tensor  # [rows, max_kept] int64, padded with -1
     draft_probs: DraftProbs | None  # [rows, max_kept, vocab]; None: every draft was certain (one-hot)
     sampling: SamplingBatch
     logprobs: tuple[int | None, ...]  # [rows] alternatives asked for per row
+    drafting: tuple[int, ...] = ()  # the rows that were to draft, in the proposal's order
     score_index: Tensor | None = None  # [scores] int64, index into tokens: prompt positions to score
     score_targets: Tensor | None = None  # [scores] int64, the prompt token that follows each
     score_lens: tuple[int, ...] = ()  # [rows] scores per row
@@ -137,12 +145,12 @@ class Proposal:
         """Certain drafts from host lists; rows may differ in length and may be empty."""
         width = max((len(d) for d in drafts), default=0)
         padded = [[*d, *([-1] * (width - len(d)))] for d in drafts]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(drafts), width)
+        (tokens,) = to_device(torch.device(device), np.array(padded, dtype=np.int64).reshape(len(drafts), width))
         return Proposal(tokens, tuple(len(d) for d in drafts))
 
     def spread(self, index: Sequence[int], rows: int) -> Proposal:
         """This proposal's rows as rows `index` of a larger one, whose other rows draft nothing."""
-        where = torch.tensor(index, device=self.tokens.device)
+        (where,) = to_device(self.tokens.device, np.array(index))
         n_draft = [0] * rows
         for row, count in zip(index, self.n_draft, strict=True):
             n_draft[row] = count
@@ -156,6 +164,14 @@ class Proposal:
         probs = drawn.placed(where, rows) if isinstance(drawn, DraftLogits) else place(drawn, 0.0)
         return Proposal(tokens, tuple(n_draft), probs, confidence, largest=place(self.largest, 0.0))
 
+    def signals_to_host(self) -> tuple[Floats | None, Floats | None]:
+        """`confidence` and `largest`, each [rows, width], slot by slot: in one copy from the device."""
+        given = [signal for signal in (self.confidence, self.largest) if signal is not None]
+        if given and given[0].device.type != "cpu":
+            given = list(torch.stack(given).cpu())
+        values = iter([signal.numpy().astype(np.float64, order="F") for signal in given])
+        return None if self.confidence is None else next(values), None if self.largest is None else next(values)
+
     def trim(self, kept: Sequence[int]) -> Proposal:
         """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
         if len(kept) != len(self.n_draft) or any(not 0 <= k <= n for k, n in zip(kept, self.n_draft, strict=True)):
@@ -163,13 +179,15 @@ class Proposal:
         if tuple(kept) == self.n_draft:
             return self
         width = max(kept, default=0)
-        limit = torch.tensor(kept, device=self.tokens.device).unsqueeze(1)
-        keep = torch.arange(width, device=self.tokens.device) < limit  # [rows, width]
+        tokens = self.tokens[:, :width]
+        if min(kept) < width:
+            (cut,) = to_device(tokens.device, np.arange(width) >= np.array(kept)[:, None])  # [rows, width]
+            tokens = tokens.masked_fill(cut, -1)
         probs = self.draft_probs
         if probs is not None:
             probs = probs.first(width) if isinstance(probs, DraftLogits) else probs[:, :width]
         return Proposal(
-            self.tokens[:, :width].masked_fill(~keep, -1),
+            tokens,
             tuple(kept),
             probs,
             None if self.confidence is None else self.confidence[:, :width],
@@ -189,12 +207,14 @@ class LogprobTable:
 
     def to_host(self, tokens: Sequence[int], counts: Sequence[int]) -> tuple[TokenLogprobs, ...]:
         """One TokenLogprobs per position with the first counts[i] alternatives; tokens[i] is the chosen token."""
-        chosen, rank = self.chosen.tolist(), self.rank.tolist()
-        ids, values = self.top_ids.tolist(), self.top_values.tolist()
-        return tuple(
-            TokenLogprobs(token, chosen[i], rank[i], tuple(zip(ids[i][:n], values[i][:n], strict=True)))
-            for i, (token, n) in enumerate(zip(tokens, counts, strict=True))
-        )
+        # One copy from the device, as float64, which holds every entry exactly.
+        columns = [self.chosen.unsqueeze(1), self.rank.unsqueeze(1), self.top_values, self.top_ids]
+        lines, width = torch.cat([column.double() for column in columns], dim=1).tolist(), self.top_ids.shape[1]
+        found = []
+        for (chosen, rank, *rest), token, n in zip(lines, tokens, counts, strict=True):
+            top = zip(map(int, rest[width:]), rest[:width], strict=True)
+            found.append(TokenLogprobs(token, chosen, int(rank), tuple(top)[:n]))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -205,5 +225,10 @@ class Verdict:
     tokens: Tensor  # [rows, max_kept + 1] int64: accepted drafts, then the bonus token, then -1; all -1 if no sample
 
     def to_host(self) -> list[RowResult]:
-        """One device-to-host copy; draft counts and logprobs are the engine's to add."""
-        return [RowResult(tokens=tuple(token for token in row if token >= 0)) for row in self.tokens.tolist()]
+        """Draft counts and logprobs are the engine's to add."""
+        return [RowResult(tokens=tokens) for tokens in self.host_tokens]
+
+    @cached_property
+    def host_tokens(self) -> list[tuple[int, ...]]:
+        """Per row the tokens that came out, all but the last of them accepted drafts. One device-to-host copy."""
+        return [tuple([token for token in row if token >= 0]) for row in self.tokens.tolist()]

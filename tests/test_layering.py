@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
-    0: "dspark_kernels types config",
+    0: "dspark_kernels types config transfers",
     0.5: "tensors",  # speaks of types' results
     1: "sampling cache text",
     1.5: "choice",  # text and tokens of one answer, for server and llm
@@ -25,7 +25,7 @@ RANKS = {
     7: "__init__ __main__",
 }
 RANK = {component: rank for rank, components in RANKS.items() for component in components.split()}
-TORCH = frozenset({"torch", "tensors"})
+TORCH = frozenset({"torch", "tensors", "transfers"})
 FORBIDDEN = {
     "types": TORCH,
     "config": TORCH,

@@ -213,8 +213,7 @@ class DSparkDrafter:
         next to nothing, and those that do have many tokens written in one pass over the weights."""
         assert taps is not None
         fresh = taps, batch.positions, batch.slots
-        if batch.drafts.shape[1]:
-            index = committed(batch, verdict)
+        if (index := committed(batch, verdict)) is not None:
             fresh = taps[index], batch.positions[index], batch.slots[index]
         if not self._head.keeps_taps:
             return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.transfers import to_device
 from dspark_serve.types import Row, VerifyMode
 
 
@@ -86,19 +88,21 @@ class Eagle3Drafter:
     @torch.inference_mode()
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         assert taps is not None
-        head, store, index = self._head, self._store, committed(batch, verdict)
-        positions, slots = batch.positions[index], batch.slots[index]
-        features = head.fc(taps[index])  # [n, hidden]
+        head, store = self._head, self._store
+        # The entry of each token needs the features of the one before it, which may be of an earlier step.
+        lens = np.array(batch.query_lens)
+        (owner,) = to_device(taps.device, np.arange(len(lens)).repeat(lens))
+        index = committed(batch, verdict)
+        stay = slice(None) if index is None else index
+        positions, slots, owner = batch.positions[stay], batch.slots[stay], owner[stay]
+        features = head.fc(taps[stay])  # [n, hidden]
         layer, half = self._first_layer + 1, head.config.hidden_size // 2
         stored = features.to(store.keys[layer].dtype).unsqueeze(1)
         store.write(layer, slots, stored[..., :half], stored[..., half:])
-        # The entry of each token needs the features of the one before it, which may be of an earlier step.
-        owner = torch.tensor(batch.query_lens, device=index.device)
-        owner = torch.arange(len(batch.query_lens), device=index.device).repeat_interleave(owner)[index]
         before = (positions - 1).clamp_(min=0)  # a prompt's first token has no entry: its slot is never read
         page = batch.page_table[owner, before // store.page_size]
-        x = head.inputs(self._features(page * store.page_size + before % store.page_size), batch.token_ids[index])
-        cos, sin = head.rotary.at(before, int(before.max()) + 1)
+        x = head.inputs(self._features(page * store.page_size + before % store.page_size), batch.token_ids[stay])
+        cos, sin = head.rotary.at(before, max(batch.context_lens))
         k, v = head.layers[0].keys_values(x)
         dtype = store.keys[self._first_layer].dtype
         store.write(self._first_layer, slots, head.rotary.apply(k, cos, sin).to(dtype), v.to(dtype))

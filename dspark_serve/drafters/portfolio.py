@@ -17,6 +17,7 @@ from torch import Tensor
 from dspark_serve.drafters.base import Drafter
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.tensors import DraftLogits, DraftProbs, Proposal, StepBatch, Verdict
+from dspark_serve.transfers import to_device
 from dspark_serve.types import Row
 
 Floats = npt.NDArray[np.float64]
@@ -88,28 +89,25 @@ class Acceptance:
 class PortfolioDrafter:
     """A head and prompt lookup. The head observes every token, and proposes for the rows that need it only."""
 
-    def __init__(self, ngram: NgramDrafter, head: Drafter, head_name: str, page_size: int) -> None:
+    def __init__(self, ngram: NgramDrafter, head: Drafter, head_name: str) -> None:
         self.taps, self.width = head.taps, max(head.width, ngram.width)
-        self._ngram, self._head, self._head_name, self._page_size = ngram, head, head_name, page_size
+        self._ngram, self._head, self._head_name = ngram, head, head_name
         self._acceptance = Acceptance(self.width)
         self._lost: dict[str, int] = {}  # how often a request's lookups lost since one was last used
-        self._pending: dict[int, tuple[str, int]] = {}  # request and kind, by the slot of the anchor: no other row's
+        self._pending: list[tuple[str, int]] = []  # request and kind of each row that was to draft
 
     def propose(self, rows: Sequence[Row]) -> Proposal:
         found = [self._ngram.look_up(row) for row in rows]
         requests = [row.request.request_id for row in rows]
         counts = [len(drafts) for drafts, _ in found]
         if not any(counts) and all(row.lookup_only for row in rows):
-            self._pending = {}
+            self._pending = []
             return Proposal.empty(len(rows))
         lines, kinds = self._acceptance.lines(requests), np.array([_kind(length) for _, length in found])
         chosen = kinds
         if not all(row.lookup_only for row in rows):
             chosen = self._choose(rows, lines, kinds, np.array(counts))
-        self._pending = {
-            self._anchor_slot(row): (request, kind)
-            for row, request, kind in zip(rows, requests, chosen.tolist(), strict=True)
-        }
+        self._pending = list(zip(requests, chosen.tolist(), strict=True))
         neural, looked_up = np.flatnonzero(chosen == _HEAD).tolist(), np.flatnonzero(chosen != _HEAD).tolist()
         drawn = self._head.propose([rows[index] for index in neural]) if neural else None
         copied = Proposal.from_lists([found[index][0] for index in looked_up], _device(drawn)) if looked_up else None
@@ -142,14 +140,12 @@ class PortfolioDrafter:
 
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         self._head.observe(batch, taps, verdict)
-        if not batch.drafts.shape[1]:
+        pending, self._pending = self._pending, []
+        if not pending or not batch.drafts.shape[1]:
             return
-        slots, first = batch.slots.tolist(), 0
-        accepted_of = verdict.n_accepted.tolist()
-        for length, samples, accepted in zip(batch.query_lens, batch.sample_lens, accepted_of, strict=True):
-            if samples > 1 and (choice := self._pending.get(slots[first])) is not None:
-                self._acceptance.record(*choice, samples - 1, accepted)
-            first += length
+        for row, choice in zip(batch.drafting, pending, strict=True):
+            if batch.sample_lens[row] > 1:
+                self._acceptance.record(*choice, batch.sample_lens[row] - 1, len(verdict.host_tokens[row]) - 1)
 
     def release(self, request_id: str) -> None:
         self._lost.pop(request_id, None)
@@ -157,16 +153,13 @@ class PortfolioDrafter:
         self._ngram.release(request_id)
         self._head.release(request_id)
 
-    def _anchor_slot(self, row: Row) -> int:
-        return row.request.pages[row.start // self._page_size] * self._page_size + row.start % self._page_size
-
 
 def _kind(length: int) -> int:
     return min(max(length, 2), 5) - 1
 
 
-def _device(proposal: Proposal | None) -> torch.device | str:
-    return "cpu" if proposal is None else proposal.tokens.device
+def _device(proposal: Proposal | None) -> torch.device:
+    return torch.device("cpu") if proposal is None else proposal.tokens.device
 
 
 def _merge(
@@ -182,33 +175,34 @@ def _merge(
     width = max(part.tokens.shape[1] for part in (drawn, copied) if part is not None)
     device = _device(drawn)
     tokens = torch.full((rows, width), -1, dtype=torch.int64, device=device)
-    rates = torch.from_numpy(confidence[:, :width].astype(np.float32)).to(device)
+    at = [np.array(index, dtype=np.int64) for index in (neural, looked_up)]
+    rates, *places = to_device(device, confidence[:, :width].astype(np.float32), *at)
     largest = torch.zeros((rows, width), device=device)
     n_draft = [0] * rows
     probs = None if drawn is None else drawn.draft_probs
     if probs is not None and copied is not None:
-        probs = _with_certain(probs, neural, copied, looked_up, rows, width)
-    for part, index in ((drawn, neural), (copied, looked_up)):
+        probs = _with_certain(probs, places[0], copied, places[1], rows, width)
+    for part, index, place in ((drawn, neural, places[0]), (copied, looked_up, places[1])):
         if part is None:
             continue
         columns = part.tokens.shape[1]
-        tokens[list(index), :columns] = part.tokens
+        tokens[place, :columns] = part.tokens
         for row, count in zip(index, part.n_draft, strict=True):
             n_draft[row] = count
         if part.confidence is not None:
-            rates[list(index), :columns] = part.confidence
+            rates[place, :columns] = part.confidence
         if part.largest is not None:
-            largest[list(index), :columns] = part.largest
+            largest[place, :columns] = part.largest
     return Proposal(tokens, tuple(n_draft), probs, rates, names, largest)
 
 
 def _with_certain(
-    drawn: DraftProbs, neural: Sequence[int], copied: Proposal, looked_up: Sequence[int], rows: int, width: int
+    drawn: DraftProbs, neural: Tensor, copied: Proposal, looked_up: Tensor, rows: int, width: int
 ) -> Tensor:
     """The head's probabilities, written out, and one-hot ones of lookups: [rows, width, vocab]."""
     drawn = drawn.probs() if isinstance(drawn, DraftLogits) else drawn
     probs = drawn.new_zeros((rows, width, drawn.shape[-1]))
-    probs[list(neural), : drawn.shape[1]] = drawn
+    probs[neural, : drawn.shape[1]] = drawn
     certain = F.pad(copied.tokens, (0, width - copied.tokens.shape[1])).clamp(min=0)  # [lookups, width]
-    probs[list(looked_up)] = torch.zeros_like(probs[list(looked_up)]).scatter_(-1, certain.unsqueeze(-1), 1.0)
+    probs[looked_up] = torch.zeros_like(probs[looked_up]).scatter_(-1, certain.unsqueeze(-1), 1.0)
     return probs

@@ -16,6 +16,7 @@ from torch import Tensor
 from dspark_kernels import noise
 from dspark_serve.sampling import Support, argmax, draw, draw_logits, target_probs, target_support
 from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
+from dspark_serve.transfers import to_device
 from dspark_serve.types import Row, VerifyMode, signed_seed
 
 _KEY_MULTIPLE = 32  # context is padded to this: fewer shapes, and the same bits for neighbouring lengths
@@ -42,24 +43,27 @@ class DraftRows:
             count = -(-row.start // page_size)
             line[:count] = row.request.pages[:count]
         params = [row.request.params for row in rows]
-
-        def move(values: object, dtype: type) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype=dtype)).to(device)
-
+        numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
+        whole = np.array(
+            [(r.request.token_ids[r.start], max(r.request.params.top_k, 0), signed_seed(r.request.seed)) for r in rows],
+            dtype=np.int64,
+        )
+        moved = to_device(torch.device(device), pages, numbers.T, whole.T, np.stack([start, start + 1]))
+        (temperature, top_p, min_p), (anchors, top_k, seed), (begin, position) = moved[1:]
         return DraftRows(
-            anchors=move([row.request.token_ids[row.start] for row in rows], np.int64),
-            start=move(start, np.int64),
-            pages=move(pages, np.int64),
+            anchors=anchors,
+            start=begin,
+            pages=moved[0],
             page_size=page_size,
             counts=tuple(min(width, row.max_drafts) for row in rows),
             longest=longest,
             sampling=SamplingBatch(
-                temperature=move([p.temperature for p in params], np.float32),
-                top_k=move([max(p.top_k, 0) for p in params], np.int64),
-                top_p=move([p.top_p for p in params], np.float32),
-                min_p=move([p.min_p for p in params], np.float32),
-                seed=move([signed_seed(row.request.seed) for row in rows], np.int64),
-                position=move(start + 1, np.int64),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                seed=seed,
+                position=position,
                 all_greedy=all(p.greedy for p in params),
                 any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
             ),
@@ -129,11 +133,13 @@ class Drafts:
     def proposal(self, confidence: Tensor | None = None) -> Proposal:
         """The proposal, rows cut to what they wanted."""
         tokens = torch.stack(self.tokens, dim=1)  # [rows, width]
-        limit = torch.tensor(self.counts, device=tokens.device).unsqueeze(1)
-        beyond = torch.arange(tokens.shape[1], device=tokens.device) >= limit
+        width = tokens.shape[1]
+        if min(self.counts) < width:
+            (beyond,) = to_device(tokens.device, np.arange(width) >= np.array(self.counts)[:, None])
+            tokens.masked_fill_(beyond, -1)
         probs = torch.stack(self.probs, dim=1) if self.probs else None
         largest = torch.stack(self.largest, dim=1)
-        return Proposal(tokens.masked_fill_(beyond, -1), self.counts, probs, confidence, largest=largest)
+        return Proposal(tokens, self.counts, probs, confidence, largest=largest)
 
 
 def largest_probability(logits: Tensor) -> Tensor:
@@ -141,14 +147,16 @@ def largest_probability(logits: Tensor) -> Tensor:
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
-def committed(batch: StepBatch, verdict: Verdict) -> Tensor:
-    """Indices of the batch's tokens that stay: all but rejected drafts, [tokens that stay] int64."""
-    device, total = batch.token_ids.device, batch.token_ids.shape[0]
-    if not batch.drafts.shape[1]:
-        return torch.arange(total, device=device)
-    # Which token belongs to which row is known on the host: a few integers, not half a dozen operations on the device.
-    lens = np.array(batch.query_lens)
+def committed(batch: StepBatch, verdict: Verdict) -> Tensor | None:
+    """Indices of the batch's tokens to remember: those that stay, [tokens that stay] int64. None: all of them.
+
+    Off the CPU that is always so: how many stay is not asked, for the device would have to be waited for. What is kept
+    of rejected drafts lies in slots that the tokens that do come there are written to before anything reads them.
+    """
+    if not batch.drafts.shape[1] or batch.drafts.device.type != "cpu":
+        return None
+    lens, total = np.array(batch.query_lens), sum(batch.query_lens)
     kept = np.maximum(np.array(batch.sample_lens) - 1, 0)
-    place = torch.from_numpy(np.arange(total) - (lens.cumsum() - kept).repeat(lens)).to(device)  # of drafts: 0, 1, ...
-    row = torch.from_numpy(np.arange(len(lens)).repeat(lens)).to(device)
+    place = torch.from_numpy(np.arange(total) - (lens.cumsum() - kept).repeat(lens))  # of drafts: 0, 1, ...
+    row = torch.from_numpy(np.arange(len(lens)).repeat(lens))
     return (place < verdict.n_accepted[row]).nonzero().squeeze(1)

@@ -271,7 +271,7 @@ def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPl
         drafter = head.make(store, first_layer, record)
         wanted = config.num_speculative_tokens
         width = max(drafter.width, LOOKUP_DRAFTS) if wanted is None else wanted
-        return PortfolioDrafter(_lookup(config, width, LOOKUP_SHORTEST), drafter, head.name, store.page_size)
+        return PortfolioDrafter(_lookup(config, width, LOOKUP_SHORTEST), drafter, head.name)
 
     return replace(head, name="portfolio", make=make)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from dspark_serve.sampling import logprob_table
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.transfers import to_device
 from dspark_serve.types import CostCurve, EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
 
 
@@ -173,6 +175,5 @@ def _table(
 ) -> tuple[TokenLogprobs, ...]:
     if not index:
         return ()
-    rows = logits[torch.tensor(index, device=logits.device)]
-    chosen = torch.tensor(tokens, device=logits.device)
-    return logprob_table(rows, chosen, max(counts)).to_host(tokens, counts)
+    at, chosen = to_device(logits.device, np.array(index), np.array(tokens))
+    return logprob_table(logits[at], chosen, max(counts)).to_host(tokens, counts)

@@ -72,6 +72,7 @@ class StepInputs:
             context_lens=(table.shape[1] * page_size,) * rows,
             sample_index=self._nothing[:0],
             sample_lens=(0,) * rows,
+            sample_spans=torch.zeros(2, rows, dtype=torch.int64, device=device),
             drafts=self._nothing[:0].view(rows, 0),
             draft_probs=None,
             sampling=SamplingBatch.none(device),

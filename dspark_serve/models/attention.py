@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dspark_kernels.attention import AttentionKernels
 from dspark_serve.cache.store import KVStore
 from dspark_serve.tensors import StepBatch
+from dspark_serve.transfers import to_device
 
 # Row invariance (float32 on CPU) rests on four habits, each found by measurement of MKL's matrix products:
 KEY_MULTIPLE = 32  # keys are padded to this with -inf: softmax and QK^T then never see a vector remainder
@@ -291,7 +293,7 @@ def _make_group(meta: AttnMeta, shape: _Shape, draft: _Draft, first_tokens: Sequ
     device = meta.slots.device
     size = len(draft.rows)
     host = [[first_tokens[r], meta.query_lens[r], meta.context_lens[r], r] for r in draft.rows]
-    first, count, context, row = torch.tensor(host, device=device).unsqueeze(2).unbind(1)  # each [rows, 1]
+    first, count, context, row = to_device(device, np.array(host))[0].unsqueeze(2).unbind(1)  # each [rows, 1]
     key = torch.arange(draft.keys, device=device)
     # Padding keys beyond the page table read its last page: masked, so only their being finite matters.
     page = (key // meta.page_size).clamp_(max=meta.page_table.shape[1] - 1)

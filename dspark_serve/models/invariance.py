@@ -65,6 +65,7 @@ def probe_batch(chunks: Sequence[Chunk], page_size: int, device: torch.device | 
         context_lens=contexts,
         sample_index=torch.arange(count, device=device),
         sample_lens=lens,
+        sample_spans=whole([[0, *itertools.accumulate(lens)][:-1], lens]),
         drafts=whole(drafts).reshape(len(chunks), kept),
         draft_probs=None,
         sampling=sampling,

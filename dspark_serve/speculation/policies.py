@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from dspark_serve.speculation.admission import HURDLE, Admission, Admitted, Allowance, Load
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
@@ -201,12 +200,13 @@ class AutoBudget:
 
     def _signals(self, rows: tuple[Row, ...], proposal: Proposal, n_draft: Ints) -> DraftSignals:
         members = self._step.members if rows is self._step.rows else self._who(rows)
+        confidence, largest = proposal.signals_to_host()
         return DraftSignals(
             requests=members.requests,
             kinds=proposal.drafters or (self._drafter,) * len(rows),
             ranges=members.ranges,
-            confidence=_host(proposal.confidence),
-            largest=_host(proposal.largest),
+            confidence=confidence,
+            largest=largest,
             n_draft=n_draft,
         )
 
@@ -304,10 +304,3 @@ def _as_admitted(plan: Plan, admitted: Admitted) -> tuple[Row, ...]:
 
 def _context(rows: Sequence[Row]) -> int:
     return sum([row.start for row in rows]) + len(rows)
-
-
-def _host(signal: Tensor | None) -> Floats | None:
-    if signal is None:
-        return None
-    values: Floats = signal.numpy(force=True).astype(np.float64, order="F")  # a slot's numbers side by side
-    return values

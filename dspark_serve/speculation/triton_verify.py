@@ -7,8 +7,6 @@ Must not know: who drafted, budgets, requests, models.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dspark_kernels.triton import accept
@@ -26,8 +24,7 @@ def verify(logits: Tensor, batch: StepBatch, mode: VerifyMode) -> Verdict:
     if filtered or not batch.num_samples or isinstance(drafted, Tensor):
         return reference.verify(logits, batch, mode)
     logits = apply_adjustments(logits[: batch.num_samples], sampling)
-    lens = np.array(batch.sample_lens, dtype=np.int64)
-    first, count = torch.from_numpy(np.stack([lens.cumsum() - lens, lens])).to(logits.device)
+    first, count = batch.sample_spans
     rows = logits, batch.drafts, first, count, sampling.temperature, sampling.seed, sampling.position
     if mode == "coupled":
         return Verdict(*accept.accept_coupled(*rows, greedy_temperature=GREEDY_TEMPERATURE))

@@ -15,6 +15,7 @@ from torch import Tensor
 from dspark_kernels import noise
 from dspark_serve.sampling import Support, draw, draw_target, target_probs, target_support
 from dspark_serve.tensors import DraftLogits, StepBatch, Verdict
+from dspark_serve.transfers import to_device
 from dspark_serve.types import VerifyMode
 
 Rule = Callable[[Tensor, StepBatch, VerifyMode], Verdict]  # `verify`, or what decides as it does
@@ -31,15 +32,14 @@ def verify(logits: Tensor, batch: StepBatch, mode: VerifyMode) -> Verdict:
     device, width = logits.device, batch.drafts.shape[1] + 1
     # Which sample belongs to which slot is known on the host: a few integers, not a dozen operations on the device.
     lens, slot = np.array(batch.sample_lens, dtype=np.int64)[:, None], np.arange(width)  # [rows, 1], [width]
-    unused = torch.from_numpy(slot >= lens).to(device)  # [rows, width]
     if not batch.num_samples:
-        return Verdict(
-            torch.zeros(len(lens), dtype=torch.int64, device=device), torch.full(unused.shape, -1, device=device)
-        )
+        nothing = torch.zeros(len(lens), dtype=torch.int64, device=device)
+        return Verdict(nothing, torch.full((len(lens), width), -1, device=device))
     # Slots past a row's own samples point anywhere valid.
-    sample = np.minimum(lens.cumsum()[:, None] - lens + slot, batch.num_samples - 1)  # [rows, width]
+    places = np.minimum(lens.cumsum()[:, None] - lens + slot, batch.num_samples - 1)
+    unused, sample = to_device(device, slot >= lens, places)  # [rows, width] both
     rule = _coupled if mode == "coupled" else _rejection
-    n_accepted, tokens = rule(logits, batch, torch.from_numpy(sample).to(device))
+    n_accepted, tokens = rule(logits, batch, sample)
     past = unused | (torch.arange(width, device=device) > n_accepted.unsqueeze(1))  # [rows, width]
     return Verdict(n_accepted.masked_fill_(unused[:, 0], 0), tokens.masked_fill_(past, -1))
 

@@ -45,7 +45,7 @@ def portfolio(mode):
 
     def make(store, first):
         ngram = NgramDrafter(LOOKUP_DRAFTS, LOOKUP_SHORTEST)
-        return PortfolioDrafter(ngram, head.make(store, first), head.name, store.page_size)
+        return PortfolioDrafter(ngram, head.make(store, first), head.name)
 
     return replace(head, name="portfolio", make=make)
 

@@ -8,6 +8,8 @@ together, and how far that is gets reported as a warning.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +40,7 @@ class Served:
     logprobs: dict[str, list[float]] = field(default_factory=dict)
     kept: int = 0
     accepted: int = 0
+    waits: list[int] = field(default_factory=list)  # of each step: how often torch made the host wait for the GPU
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,8 @@ def serve(
         params = SamplingParams(temperature=warmth, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
         engine.add(Request(str(index), prompt, params, seed=index))
     while engine.has_work:
-        report = engine.step()
+        with _waits_counted(got.waits):
+            report = engine.step()
         engine.check_integrity()
         got.kept += sum(row.n_kept for row in report.rows)
         got.accepted += sum(row.n_accepted for row in report.rows)
@@ -89,6 +93,21 @@ def serve(
             got.logprobs.setdefault(delta.request_id, []).extend(entry.logprob for entry in delta.logprobs)
     assert [len(tokens) for tokens in got.tokens.values()] == [TOKENS] * len(LENGTHS)
     return got
+
+
+@contextmanager
+def _waits_counted(found: list[int]) -> Iterator[None]:
+    if DEVICE.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
 
 
 def test_greedy_text_is_that_of_torch(files: tuple[Path, Path]) -> None:
@@ -129,6 +148,13 @@ def test_drafts_change_no_text(files: tuple[Path, Path], dtype: str, tolerance: 
             "without drafts; the others part where rounding decides",
             stacklevel=1,
         )
+
+
+@pytest.mark.skipif(REHEARSAL, reason="needs a CUDA GPU: a CPU is not waited for")
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_a_step_waits_for_what_it_brings_back(files: tuple[Path, Path], mode: str) -> None:
+    """Tokens, and the log-probabilities that these requests ask for. The first steps set things up."""
+    assert set(serve(files, "bfloat16", verify_mode=mode).waits[3:]) == {2}
 
 
 @pytest.mark.skipif(REHEARSAL, reason="needs a CUDA GPU: interpreted, measuring what steps cost takes minutes")

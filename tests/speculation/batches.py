@@ -54,6 +54,7 @@ def step_batch(
         context_lens=tuple(len(d) + 9 for d in drafts),
         sample_index=torch.arange(n),
         sample_lens=lens,
+        sample_spans=torch.tensor([[sum(lens[:row]) for row in range(len(lens))], lens]),
         drafts=torch.tensor(padded, dtype=torch.int64).reshape(len(drafts), width),
         draft_probs=draft_probs,
         sampling=sampling,

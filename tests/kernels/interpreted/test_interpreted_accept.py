@@ -120,7 +120,7 @@ def test_rejection_rows_are_the_servers(vocab: int) -> None:
     assert min(accepted) < 0  # and residual draws
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_certain_drafts_are_refused_as_the_server_does(dtype: torch.dtype) -> None:
     logits, batch = ragged(50, dtype)
     same(kernel(logits, batch, "rejection"), logits, batch, "rejection")
