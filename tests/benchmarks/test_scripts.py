@@ -104,6 +104,7 @@ def test_load(place, monkeypatch):
             assert set(table) - {"same_text"} == {"none", "fixed 3", "full", "budget"}
             assert table["full"]["kept_per_row"] > table["none"]["kept_per_row"] == 0
             assert table["none"]["of_none"]["median"] == 1
+            assert [name for name in set(table) - {"same_text"} if table[name]["estimate_of_none"]] == ["budget"]
 
 
 @pytest.mark.slow
