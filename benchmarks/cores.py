@@ -46,7 +46,7 @@ def turn(runner: Runner, batch: StepBatch, bound: bool) -> list[float]:
     cores, times, until = Cores(torch.device("cpu")), [], time.perf_counter() + TURN_S
     if not bound:
         anywhere()
-    while time.perf_counter() < until:
+    while not times or time.perf_counter() < until:
         with cores if bound else contextlib.nullcontext():
             began = time.perf_counter()
             runner.run(batch)
