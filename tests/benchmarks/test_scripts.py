@@ -49,10 +49,13 @@ def test_every_documented_script_is_run():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny model with room for the prompts that come along, byte by byte."""
+    """A tiny model with room for the prompts that come along, byte by byte; and prompts of its own."""
     here = tmp_path_factory.mktemp("scripts")
     config = write_tiny_model(here / "model") / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 8192}))
+    for name in ("gsm8k", "humaneval", "mt-bench"):
+        lines = [json.dumps({"turns": [f"{name} {n} and {n} and {n}"]}) for n in range(4)]
+        (here / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return here
 
 
@@ -65,7 +68,7 @@ def ran(command: str, place: Path, monkeypatch) -> dict:
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("DSPARK_CACHE", str(place / "cache"))
-    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    monkeypatch.setattr(sys, "argv", [path, *(str(place) if word == "DIR" else word for word in arguments)])
     if "typer" in vars(module):
         with pytest.raises(SystemExit) as ended:
             typer.run(module.main)
