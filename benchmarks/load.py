@@ -228,8 +228,9 @@ def compare(arms: Arms, workload: Workload, concurrency: int, rounds: int, poiss
     draw = random.Random(concurrency)
     at_once = [0.0] * count
     # First, prompts into the prefix cache; and the budget meets such requests, as on a server that is up for long.
-    first = [replace(item, new_tokens=_WARM_TOKENS) for item in workload.items(0, count)]
-    arms.serve_all(first, at_once, concurrency, draw)
+    asked = min(rounds * count, len(workload.prompts))
+    first = [replace(item, new_tokens=_WARM_TOKENS) for item in workload.items(0, asked)]
+    arms.serve_all(first, [0.0] * asked, concurrency, draw)
     plain_rate = 0.0
     if poisson:
         plain_rate = arms.serve_all(workload.items(0, count), at_once, concurrency, draw, drain=False)[NONE].rate

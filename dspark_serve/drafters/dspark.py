@@ -212,13 +212,13 @@ class DSparkDrafter:
         """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
         next to nothing, and those that do have many tokens written in one pass over the weights."""
         assert taps is not None
-        fresh = taps, batch.positions, batch.slots
-        if (index := committed(batch, verdict)) is not None:
-            fresh = taps[index], batch.positions[index], batch.slots[index]
         if not self._head.keeps_taps:
+            fresh = taps, batch.positions, batch.slots
+            if (index := committed(batch, verdict)) is not None:
+                fresh = taps[index], batch.positions[index], batch.slots[index]
             return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
-        taps, positions, slots = fresh
-        kept = self._kept_taps()
+        # Those of rejected drafts as well: what comes to their slots is written there before anything reads them.
+        kept, slots, positions = self._kept_taps(), batch.slots, batch.positions
         kept.index_copy_(0, slots, taps.to(kept.dtype))
         self._owed[slots.numpy()] = True
         self._share += _SHARE_GAIN * (self._drafting / len(batch.query_lens) - self._share)

@@ -144,18 +144,16 @@ class Admission:
             costly |= unknown
         lookup = np.zeros_like(costly)
         if self._lookup:
-            # One row that looks up may find nothing while others do: looking costs so little that all may, or none.
-            lookup = ~costly & (costly.any() or self._worth_looking(members, limits, load, times))
+            lookup = ~costly & self._worth_looking(members, limits, load, times)
         self._held, self._until = (members, load, Admitted(costly, lookup)), step + _HOLD
         return self._experiment(rows, members, load, times, Admitted(costly, lookup))
 
-    def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> bool:
-        """Whether lookups earn something where nobody drafts otherwise."""
+    def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> Bools:
+        """Rows whose lookups earn something where nobody drafts otherwise, and those nothing is known of [rows]."""
         kept, gain, unknown = self._found.expected(members, limits)
-        if unknown is not None and unknown.any():
-            return True
         looks = self._lookup_ms * np.arange(len(limits) + 1.0)
-        return bool(rows_worth_drafting(kept, gain, load.rows, looks, times, HURDLE).any())
+        worth = rows_worth_drafting(kept, gain, load.rows, looks, times, HURDLE)
+        return worth if unknown is None else worth | unknown
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, times: Floats, admitted: Admitted
