@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _SAMPLES = 64  # rows whose survival is remembered per temperature range
-_ENOUGH = 8  # of them before they decide anything
+_ENOUGH = 24  # of them before they decide anything: what is given up too soon is probed again only now and then
 _OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
 _OTHERS = 4.0  # drafts of a request's own at which they count as much as those of all
 _MOST = 10.0  # times the usual survival

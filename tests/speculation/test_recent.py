@@ -43,7 +43,7 @@ class Account:
 
     def expected(self, request: str, level: int, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
         samples = np.array(self.blocks.get(level, [])[-64:])
-        if len(samples) < 8:
+        if len(samples) < 24:
             return None
         survival, blocks, _ = self.own.get(request, (0.0, 0, 0))
         scale = min((blocks * survival / (samples.sum() / len(samples)) + 4) / (blocks + 4), 10.0)
@@ -109,7 +109,8 @@ def test_lookups_count_as_far_as_they_were_kept(kept: int, worth: float) -> None
         largest=None,
         n_draft=np.full(8, 4),
     )
-    admission.remember(signals, np.full((8, 4), 0.9), np.full(8, kept), 1, False)
+    for step in range(3):  # fewer blocks tell nothing yet
+        admission.remember(signals, np.full((8, 4), 0.9), np.full(8, kept), step, False)
     _, gain, unknown = admission._found.expected(Members.of(requests), np.full(8, 4))
     assert unknown is None
     assert gain[:, 0].tolist() == pytest.approx([worth] * 8)
