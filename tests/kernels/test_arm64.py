@@ -61,7 +61,7 @@ def results(*command: str, isa: str) -> Results:
 
 
 def test_neon_computes_what_portable_code_does(neon: Results, tmp_path: Path) -> None:
-    assert len(neon) == 27
+    assert len(neon) == 35
     assert all(error < 1e-4 for _, error in neon.values()), neon
     recipe = Recipe.of("x86_64")
     # Fused as on arm64, but by the C library; -O1 because the compiler may not change a bit at any level.
