@@ -25,8 +25,10 @@ _EXACT = 64  # counts up to here have a bucket each, so that a cliff stays where
 _BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
 _WINDOW = 15  # measurements whose median is the machine's present slowdown
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
-_FIRST = 4.0  # the first measurements of a bucket count for more: the n-th for 1 / (n + this)
-_CONTEXT_SHARE = 0.25  # of a correction that is put down to the context as well
+# The first measurements of a bucket count for more, the n-th for 1 / (n + this), but not for much: what looks cheapest
+# is chosen, so every count that is underestimated by chance is found.
+_FIRST = 20.0
+_CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
 _FORMAT = 4
@@ -157,8 +159,7 @@ class _Curve:
         if learned is None:
             learned = self._by_count[key[0]] = _Factors(self._bucket)
         learned.change(min(count, len(self._bucket) - 1), error, gain)
-        # Less of it, or the two would learn to contradict each other, and be wrong wherever only one is known.
-        change = _CONTEXT_SHARE * gain * error
+        change = _CONTEXT_GAIN * gain * error
         self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
 
 
