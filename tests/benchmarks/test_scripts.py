@@ -30,8 +30,8 @@ class Small:
 
 RUN = {
     "python benchmarks/serve.py --quick": Small("", {"NEW_TOKENS": 8}),
-    "python benchmarks/load.py --quick --prompts DIR": Small(
-        "--concurrency 1 4 --rounds 1 --new-tokens 32 --kv-cache-gib 0.02"
+    "python benchmarks/load.py --prompts DIR": Small(
+        "--quick --concurrency 1 4 --rounds 1 --new-tokens 32 --kv-cache-gib 0.02"
     ),
     "python benchmarks/observe.py": Small("--quick"),
     "python benchmarks/cores.py": Small("--quick", {"TURN_S": 0.02}),
@@ -95,7 +95,7 @@ def test_serve(place, monkeypatch):
 
 @pytest.mark.slow
 def test_load(place, monkeypatch, capsys):
-    found = ran("python benchmarks/load.py --quick --prompts DIR", place, monkeypatch)["load"]
+    found = ran("python benchmarks/load.py --prompts DIR", place, monkeypatch)["load"]
     assert set(found) == {"mix", "hostile"}
     for by_load in found.values():
         assert set(by_load) == {"1", "4"}
