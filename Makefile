@@ -26,6 +26,7 @@ endif
 	$(PYTEST) -n 2 --dist worksteal -m "$(MARKS)" $(PYTEST_ARGS)
 
 # Builds the CPU image's content in a Debian root and serves from it: needs root and debootstrap, minutes and gigabytes.
+# Where podman and podman-compose are, they do the same by README.md's own lines, then start configs/compose.yaml.
 # TORCH_INDEX names the index of torch's CPU wheels; empty, it comes from where pip looks, with CUDA or without.
 test-docker: $(TESTING)
 	REPLAY=1 $(PYTEST) -n 0 tests/docker $(PYTEST_ARGS)

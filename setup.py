@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 
 _SOURCES = [
     f"kernels/dspark_kernels/cpu/{name}.cpp"
-    for name in ("pack", "gemm", "attention", "decoder", "draw", "head", "threads")
+    for name in ("pack", "gemm", "attention", "decoder", "draw", "filter", "head", "threads")
 ]
 _HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights", "product", "attention", "draw")]
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]

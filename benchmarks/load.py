@@ -27,8 +27,9 @@ from load_report import conclude, plots, show
 from dspark_serve.bench.workload import SHIPPED
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
+from dspark_serve.reports import StepReport
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import Request, SamplingParams, StepReport
+from dspark_serve.types import Request, SamplingParams
 
 SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, FULL, AUTO = "none", "full", "budget"

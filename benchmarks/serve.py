@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
-from dspark_serve.types import Request, SamplingParams, StepReport
+from dspark_serve.reports import StepReport
+from dspark_serve.types import Request, SamplingParams
 
 NEW_TOKENS = 128
 HOST_PHASES = ("plan", "propose", "build", "verify", "commit")

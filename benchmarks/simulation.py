@@ -22,10 +22,11 @@ import torch
 from rooflines import Machine
 
 from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.reports import StepReport
 from dspark_serve.speculation.calibrate import sigmoid
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import Plan, Request, Row, RowResult, StepReport
+from dspark_serve.types import Plan, Request, Row, RowResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from dspark_serve.reports import RowReport, TokenDelta
 from dspark_serve.text import Detokenizer, Tokenizer
-from dspark_serve.types import FinishReason, Request, RowReport, TokenDelta, TokenLogprobs
+from dspark_serve.types import FinishReason, Request, TokenLogprobs
 
 _CONTEXT = 8  # prompt tokens that decide how the first generated one reads
 

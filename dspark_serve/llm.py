@@ -18,10 +18,10 @@ from tqdm import tqdm
 from dspark_serve import types
 from dspark_serve.choice import Choice, choice_seeds
 from dspark_serve.config import load_config
+from dspark_serve.reports import EngineInfo
 from dspark_serve.text import Tokenizer
 from dspark_serve.types import (
     EngineBusy,
-    EngineInfo,
     FinishReason,
     InvalidRequest,
     Request,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_kernels import native, noise
+from dspark_serve import unpruned
 from dspark_serve.tensors import LogprobTable, Penalties, SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
 
@@ -21,7 +22,6 @@ _BLOCK = 64  # columns per block maximum: one cheap pass over the logits, after 
 _GROUP_BITS = 4  # log2 of a block's groups of noise.LANES tokens
 _OPENING = 32  # tokens whose scores set the mark that all others must reach
 _CANDIDATES = 64  # tokens examined before a filter looks at more of the row; results do not depend on it
-_MASS_SCALE = 2.0**40  # probabilities as integers, whose sums are exact in any order, on any device
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,20 @@ def target_support(logits: Tensor, sampling: SamplingBatch) -> Support:
     greedy = sampling.temperature <= GREEDY_TEMPERATURE  # [samples]
     scaled = logits / _divisor(sampling.temperature).unsqueeze(1)  # [samples, vocab]
     best_value = scaled.gather(1, best.unsqueeze(1))  # [samples, 1]
-    if sampling.any_filter:
+    if not sampling.any_filter:
+        threshold = torch.where(greedy, torch.inf, -torch.inf)  # the best token is put back below
+    elif not _prunes(scaled):
+        threshold = _all_thresholds(scaled, sampling).masked_fill_(greedy, torch.inf)
+    else:
         values, ids = _top(scaled, min(_CANDIDATES, scaled.shape[1]))
         threshold = _thresholds(scaled, values, ids, sampling)
-        threshold.masked_fill_(greedy, torch.inf)  # the best token is put back below
+        threshold.masked_fill_(greedy, torch.inf)
         if values.shape[1] == scaled.shape[1] or bool((threshold > values[:, -1]).all()):
             kept = values >= threshold.unsqueeze(1)
             width = max(1, int(kept.sum(-1).max()))
             values, ids = values[:, :width].masked_fill(~kept[:, :width], -torch.inf), ids[:, :width]
             ids = torch.cat([torch.where(greedy, best, ids[:, 0]).unsqueeze(1), ids[:, 1:]], dim=1)
             return Support(ids, torch.cat([best_value, values[:, 1:]], dim=1))
-    else:
-        threshold = torch.where(greedy, torch.inf, -torch.inf)
     scaled.masked_fill_(scaled < threshold.unsqueeze(1), -torch.inf).scatter_(1, best.unsqueeze(1), best_value)
     return Support(torch.arange(scaled.shape[1], device=scaled.device).expand_as(scaled), scaled, dense=True)
 
@@ -134,10 +136,12 @@ def draw_logits(
     """argmax over the vocabulary of logits / temperature + noise -> [samples] int64; greedy samples take the argmax.
 
     logits: [samples, vocab] float32, of the tokens `ids` [vocab], ascending, where they are not simply 0..vocab-1;
-    the rest [samples]. The lowest id wins ties. C++ and torch give the same bits.
+    the rest [samples]. The lowest id wins ties. C++ and torch give the same bits, and so does any device.
     """
     if (kernels := _kernels(logits)) is not None:
         return kernels.draw(logits, temperature, seed, position, stream, GREEDY_TEMPERATURE, ids)
+    if ids is None and not _prunes(logits):
+        return unpruned.draw(logits, temperature, seed, position, stream)
     if ids is None:
         return _draw_pruned(logits, temperature, seed, position, stream)
     scaled = logits / _divisor(temperature).unsqueeze(1)
@@ -201,6 +205,19 @@ def _best_token(scores: Tensor, row: Tensor, first: Tensor, fallback: Tensor) ->
     return torch.where(token == torch.iinfo(torch.int64).max, fallback, token)
 
 
+def filter_thresholds(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """Top-k, top-p and min-p as one number per sample: tokens with logit / temperature below it are out.
+
+    logits: [samples, vocab] float32, after adjustments -> [samples] float32, -inf for greedy samples.
+    """
+    scaled = logits / _divisor(sampling.temperature).unsqueeze(1)
+    if _prunes(scaled):
+        found = _thresholds(scaled, *_top(scaled, min(_CANDIDATES, scaled.shape[1])), sampling)
+    else:
+        found = _all_thresholds(scaled, sampling)
+    return found.masked_fill_(sampling.temperature <= GREEDY_TEMPERATURE, -torch.inf)
+
+
 def target_probs(support: Support) -> Tensor:
     """Normalised probabilities of the support's columns: [samples, width] float32, 0 at padding."""
     return support.log_weights.softmax(-1)
@@ -218,6 +235,11 @@ def argmax(logits: Tensor) -> Tensor:
 
 def _kernels(logits: Tensor) -> native.Kernels | None:
     return native.load() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+
+
+def _prunes(logits: Tensor) -> bool:
+    """Whether sizes may follow values; elsewhere than on a CPU the host would have to wait for them."""
+    return logits.device.type == "cpu"
 
 
 def _block_maxima(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,8 +291,16 @@ def _thresholds(scaled: Tensor, values: Tensor, ids: Tensor, sampling: SamplingB
         settled, found = _nucleus(part, values, ids, sampling.top_k[todo], sampling.top_p[todo])
         threshold[todo[settled]] = torch.maximum(threshold[todo[settled]], found[settled])
         todo, part = todo[~settled], part[~settled]
+        if len(todo) and (kernels := _kernels(part)) is not None:  # without sorting: flat rows keep many tokens
+            found = kernels.nucleus(part, part.softmax(-1), sampling.top_k[todo], sampling.top_p[todo])
+            threshold[todo] = torch.maximum(threshold[todo], found)
+            break
         values, ids = _top(part, min(values.shape[1] * 16, part.shape[1])) if len(todo) else (values, ids)
     return threshold
+
+
+def _all_thresholds(scaled: Tensor, sampling: SamplingBatch) -> Tensor:
+    return unpruned.thresholds(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def _nucleus(scaled: Tensor, values: Tensor, ids: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,14 +311,14 @@ def _nucleus(scaled: Tensor, values: Tensor, ids: Tensor, top_k: Tensor, top_p: 
     """
     # softmax works row by row, so a probability depends on its row alone; as integers its sums depend on nothing else.
     # NaN has no integer; such rows have no mass and are settled at the full width, whatever they hold.
-    mass = (scaled.softmax(-1).gather(1, ids) * _MASS_SCALE).nan_to_num_(0.0).long()  # [samples, width]
+    mass = (scaled.softmax(-1).gather(1, ids) * unpruned.MASS_SCALE).nan_to_num_(0.0).long()  # [samples, width]
     width = values.shape[1]
     last, whole = values[:, -1], width == scaled.shape[1]
     use_k, use_p = top_k > 0, top_p < 1  # [samples]
     kth = values.gather(1, torch.where(use_k, top_k, 1).clamp(max=width).unsqueeze(1) - 1).squeeze(1)
     k_value = torch.where(use_k, kth, -torch.inf)
     kept = mass.masked_fill(values < k_value.unsqueeze(1), 0).sum(-1)
-    total = torch.where(use_k, kept.double(), _MASS_SCALE)  # [samples]
+    total = torch.where(use_k, kept.double(), unpruned.MASS_SCALE)  # [samples]
     below = mass.cumsum(-1) < (total * top_p).unsqueeze(1)  # [samples, width]: top_p is not reached yet
     pth = values.gather(1, below.sum(-1, keepdim=True).clamp(max=width - 1)).squeeze(1)
     p_value = torch.where(use_p, pth, -torch.inf)

@@ -54,7 +54,7 @@ class Penalties:
     """Token counts for the samples that have penalties, as coordinate lists (drafts before the position included)."""
 
     sample: Tensor  # [entries] int64, index into the samples
-    token: Tensor  # [entries] int64, unique per sample
+    token: Tensor  # [entries] int64; of a sample's entries of one token, all say the same
     generated: Tensor  # [entries] float32, times the token was generated (0: it is in the prompt only)
     presence: Tensor  # [entries] float32, the sample's presence penalty; likewise the next two
     frequency: Tensor  # [entries] float32

@@ -97,20 +97,20 @@ SERVED = {  # by a server of these options in this process, without its socket; 
 STARTED = 'make serve ARGS="--port 9000 --num-speculative-tokens 6"'  # a server process that all others ask
 TRIED = {"make serve": ["serve"], STARTED: ["serve", "--port", "9000", "--num-speculative-tokens", "6"]}
 
-_DOCKER = "needs a container engine; tests/docker/test_replay.py runs the Dockerfile's steps and its server"
+_DOCKER = "needs a container engine; tests/docker/test_container_engine.py types it for podman"
 NOT_RUN = {
     "make test": "runs this very test",
-    "make test-docker": "builds a Debian root with all that the server needs: minutes, and gigabytes",
+    "make test-docker": "builds a Debian root and an image with all that the server needs: minutes, and gigabytes",
     "pip install -e .[gpu]": "changes the environment that the tests run in",
     "pytest -m gpu": "needs a GPU",
     "docker build -t dspark-serve:cpu --target cpu .": _DOCKER,
     "docker run -p 127.0.0.1:8000:8000 -v dspark-cache:/cache dspark-serve:cpu": _DOCKER,
-    "docker build -t dspark-serve:gpu .": _DOCKER + ", of the CPU",
+    "docker build -t dspark-serve:gpu .": "needs a container engine and a registry; tests/docker/ builds the CPU's",
     "docker run --gpus all -p 127.0.0.1:8000:8000 -v dspark-cache:/cache dspark-serve:gpu serve --config "
     "/etc/dspark-serve/h100-qwen3-8b-dspark.yaml": "needs a GPU; tests/test_configs.py reads the file",
     "docker run --gpus all -p 127.0.0.1:8000:8000 -v dspark-cache:/cache dspark-serve:gpu serve --config "
     "/etc/dspark-serve/dgx-spark-qwen3-4b-dspark.yaml --gpu-memory-utilization 0.45": "needs a GPU, see above",
-    "docker compose -f configs/compose.yaml up --build": "needs a container engine; tests/server/test_grafana.py",
+    "docker compose -f configs/compose.yaml up --build": _DOCKER,
     "torchrun --nproc-per-node 4 --no-python dspark-serve graft MODEL --out DIR": "tests/training/test_parallel.py",
 }
 SCRIPTS = [command for command in COMMANDS if command.startswith("python ")]

@@ -105,7 +105,7 @@ def test_same_bits(subjects, name, temperature, drafter, situation):
         assert 0 < got.accepted < got.kept
 
 
-def deciding_budget(drafter, machine):
+def deciding_budget(drafter, machine, mode="coupled"):
     """A budget that decides, for machines on which everything pays, nothing does, or now this and now that."""
     times = torch.rand(300, generator=torch.Generator().manual_seed(3)).tolist()
     step = {"generous": lambda n: 10.0, "mean": lambda n: 10.0 * n, "moody": lambda n: 10 + 30 * times[n]}[machine]
@@ -114,7 +114,7 @@ def deciding_budget(drafter, machine):
         tuple(Point(n, n, 0, 5 * step(n) if machine == "mean" else 1.0) for n in range(1, 17)),
     )
     name = type(drafter).__name__
-    calibrator = Calibrator("coupled", max(drafter.width, 1))
+    calibrator = Calibrator(mode, max(drafter.width, 1))
     return AutoBudget(CostModel(profile, 256, 16), calibrator, drafter=name, costly=name)
 
 

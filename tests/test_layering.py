@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     0: "dspark_kernels types config transfers",
-    0.5: "tensors",  # speaks of types' results
+    0.5: "tensors reports unpruned",  # speak of types' results; add the kernels' noise
     1: "sampling cache text",
     1.5: "choice",  # text and tokens of one answer, for server and llm
     2: "models",
@@ -25,9 +25,10 @@ RANKS = {
     7: "__init__ __main__",
 }
 RANK = {component: rank for rank, components in RANKS.items() for component in components.split()}
-TORCH = frozenset({"torch", "tensors", "transfers"})
+TORCH = frozenset({"torch", "tensors", "transfers", "unpruned"})
 FORBIDDEN = {
     "types": TORCH,
+    "reports": TORCH,
     "config": TORCH,
     "text": TORCH,
     "choice": TORCH,

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_serve.choice import Choice
+from dspark_serve.reports import RowReport, TokenDelta
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import Request, RowReport, SamplingParams, TokenDelta
+from dspark_serve.types import Request, SamplingParams
 from tests.tiny_model import EOS, byte_tokenizer
 
 # Few symbols, so that stop strings begin often; bytes of characters of two to four bytes, so that many are torn.

@@ -30,14 +30,16 @@ from dspark_serve.tensors import Penalties, SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
 
 
-@pytest.fixture(scope="module", autouse=True, params=["torch", "c++"])
+@pytest.fixture(scope="module", autouse=True, params=["torch", "c++", "unpruned"])
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways to draw, each through every test here."""
+    """All ways to filter and draw, each through every test here; "unpruned" is what other devices than a CPU take."""
     if request.param == "c++" and native.load() is None:
         pytest.skip("the kernels are not built: this needs a C++ compiler when the package is installed")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
+        if request.param != "c++":
             patch.setattr(module, "_kernels", lambda logits: None)
+        if request.param == "unpruned":
+            patch.setattr(module, "_prunes", lambda logits: False)
         yield
 
 

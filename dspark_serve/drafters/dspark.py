@@ -22,7 +22,7 @@ from dspark_serve.drafters.base import BlockPass, Record
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
 from dspark_serve.drafters.native_head import NativeHead
-from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
+from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability, proposal
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
@@ -95,23 +95,35 @@ class DSparkHead(Head):
 
         Slots are [anchor, mask, mask, ...]; slot k predicts the token at position start + 1 + k.
         """
+        if self.native is not None and store.keys[first_layer].dtype == torch.float32:
+            return self._native_block(self.native, rows, store, first_layer)
         c, count = self.config, rows.anchors.shape[0]
         assert c.mask_token_id is not None
         ids = torch.full((count, c.block_size), c.mask_token_id, device=rows.anchors.device)
         ids[:, 0] = rows.anchors
         positions = (rows.start.unsqueeze(1) + torch.arange(c.block_size, device=ids.device)).flatten()
         hidden = self.embed(ids.flatten())  # [rows * block, hidden]
-        if self.native is not None and hidden.dtype == store.keys[first_layer].dtype == torch.float32:
-            layers = slice(first_layer, first_layer + c.num_layers)
-            rotary = positions, self.rotary.table(rows.longest + c.block_size)
-            keys, values, spans = store.keys[layers], store.values[layers], self._spans(rows)
-            self.native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True)
-        else:
-            attend = self._attention(rows, positions, store)
-            for index, layer in enumerate(self.layers):
-                attended = attend(layer, layer.input_norm(hidden), first_layer + index)
-                hidden = layer.finish(attended, hidden)
+        attend = self._attention(rows, positions, store)
+        for index, layer in enumerate(self.layers):
+            attended = attend(layer, layer.input_norm(hidden), first_layer + index)
+            hidden = layer.finish(attended, hidden)
         return self.norm(hidden).view(count, c.block_size, -1)
+
+    def _native_block(self, native: NativeHead, rows: DraftRows, store: KVStore, first_layer: int) -> Tensor:
+        """`block` by the C++ kernels. Small arrays are numpy's: a call of torch's takes three times as long."""
+        c, start = self.config, rows.start.numpy()
+        assert c.mask_token_id is not None
+        count, size = len(start), c.block_size
+        ids = np.full((count, size), c.mask_token_id)
+        ids[:, 0] = rows.anchors.numpy()
+        positions = torch.from_numpy((start[:, None] + np.arange(size)).ravel())
+        spans = torch.from_numpy(np.stack([np.arange(0, count * size, size), np.full(count, size), start + size]))
+        hidden = self.embed(torch.from_numpy(ids.ravel()))  # [rows * block, hidden]
+        layers = slice(first_layer, first_layer + c.num_layers)
+        rotary = positions, self.rotary.table(rows.longest + size)
+        keys, values = store.keys[layers], store.values[layers]
+        native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True, norm=self.norm.weight)
+        return hidden.view(count, size, -1)
 
     def _spans(self, rows: DraftRows) -> Tensor:
         """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
@@ -152,6 +164,8 @@ class DSparkDrafter:
     ) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
+        if head.keeps_taps:  # in a layer of the store, [slots, len(taps) * hidden]
+            self._kept = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
         self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
@@ -160,7 +174,6 @@ class DSparkDrafter:
             self._block = record(self._block)
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
-    @torch.inference_mode()
     def propose(self, rows: Sequence[Row]) -> Proposal:
         self._write_owed(rows)
         head, store = self._head, self._store
@@ -204,10 +217,9 @@ class DSparkDrafter:
             GREEDY_TEMPERATURE,
             self._head.draft_vocab,
         )
-        drafts = Drafts(batch.counts, list(tokens), largest=list(largest))
-        return drafts.proposal(None if told is None else told.T.sigmoid())
+        confidence = None if told is None else told.T.sigmoid()
+        return proposal(batch.counts, tokens.T.contiguous(), largest.T.contiguous(), confidence=confidence)
 
-    @torch.inference_mode()
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
         next to nothing, and those that do have many tokens written in one pass over the weights."""
@@ -218,8 +230,8 @@ class DSparkDrafter:
                 fresh = taps[index], batch.positions[index], batch.slots[index]
             return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
         # Those of rejected drafts as well: what comes to their slots is written there before anything reads them.
-        kept, slots, positions = self._kept_taps(), batch.slots, batch.positions
-        kept.index_copy_(0, slots, taps.to(kept.dtype))
+        slots, positions = batch.slots, batch.positions
+        self._kept.index_copy_(0, slots, taps if taps.dtype == self._kept.dtype else taps.to(self._kept.dtype))
         self._owed[slots.numpy()] = True
         self._share += _SHARE_GAIN * (self._drafting / len(batch.query_lens) - self._share)
         self._drafting = 0
@@ -238,20 +250,19 @@ class DSparkDrafter:
             owed = self._owed[of_row].nonzero()[0]
             slots.append(of_row[owed])
             positions.append(owed)
-        found, first = np.unique(np.concatenate(slots), return_index=True)  # rows may share pages
+        found, place = slots[0], positions[0]
+        if len(rows) > 1:
+            found, first = np.unique(np.concatenate(slots), return_index=True)  # rows may share pages
+            place = np.concatenate(positions)[first]
         if len(found):
-            self._write(found, np.concatenate(positions)[first])
+            self._write(found, place)
 
     def _write(self, slots: Ints, positions: Ints) -> None:
         where = torch.from_numpy(slots)
-        taps = self._kept_taps().index_select(0, where)
+        taps = self._kept.index_select(0, where)
         place, stop = torch.from_numpy(positions), int(positions.max()) + 1
         self._head.write_context(taps, place, where, stop, self._store, self._first_layer)
         self._owed[slots] = False
-
-    def _kept_taps(self) -> Tensor:
-        """The store's layer of taps [slots, len(taps) * hidden]."""
-        return self._store.keys[self._first_layer + self._head.config.num_layers].flatten(0, -2)
 
     def release(self, request_id: str) -> None:
         """Nothing is kept per request: what the head knows of it lies in its pages."""

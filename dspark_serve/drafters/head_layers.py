@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_kernels.attention import AttentionKernels
-from dspark_kernels.native import PackedWeight
+from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.packed import PackedWeight
 from dspark_serve.cache.store import KVStore
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
@@ -153,7 +154,6 @@ def _projections(
     if not c.k_eq_v:
         parts[f"{prefix}v_proj"] = kv_width
     weight, bias = weights.affine(parts, width, c.attention_bias)
-    assert isinstance(weight, Tensor)  # heads come as safetensors
     if weights.ops.library is not None:
         joint = PackedWeight(weights.ops.library, weight, bias, gated=False)
         q, kv = joint.part(0, q_width), joint.part(q_width, joint.outputs)
@@ -161,7 +161,9 @@ def _projections(
             linears = (NativeLinear(weights.ops.library, part, norm=None) for part in (q, kv))
             return next(linears), next(linears), joint
     biases = (None, None) if bias is None else (bias[:q_width], bias[q_width:])
-    return weights.ops.linear(weight[:q_width], biases[0]), weights.ops.linear(weight[q_width:], biases[1]), None
+    rows = weight.rows if isinstance(weight, BlockWeight) else weight.__getitem__
+    q_rows, kv_rows = rows(slice(q_width)), rows(slice(q_width, None))
+    return weights.ops.linear(q_rows, biases[0]), weights.ops.linear(kv_rows, biases[1]), None
 
 
 def _parts(config: HeadConfig, weights: HeadWeights, prefix: str) -> tuple[Affine, Affine, Affine]:

@@ -13,11 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels.native import STORED
+from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.packed import STORED
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.models.base import TargetModel
 from dspark_serve.models.layers import Affine, Linear, RMSNorm, Weight, operations
 from dspark_serve.models.loader import iterate_weights, read_config
+
+# A draft reads every matrix of the head once, and that takes most of its time on a CPU. Those stored in 16 bits are
+# held as 8-bit blocks there: half the bytes, and next to none of the drafts change. Nobody sees the difference but the
+# acceptance, for drafts are verified. A head in float32 stays as it is.
+_NARROWED = (torch.bfloat16, torch.float16)
+_GROUP = 32  # inputs with a scale of their own
 
 EMBED, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 _PROBES = 8
@@ -39,7 +46,7 @@ class HeadWeights:
     def peek(self, name: str, *shape: int, as_stored: bool = False) -> Tensor | None:
         """The tensor as it is served, not counted yet; None if the checkpoint lacks it. HeadError if misshapen.
 
-        as_stored: bfloat16 and float16 stay so where the kernels widen them as they read them, for linears only.
+        as_stored: bfloat16 and float16 stay so where the kernels read them packed, for linears only.
         """
         stored = self._tensors.get(name)
         if stored is None:
@@ -73,12 +80,18 @@ class HeadWeights:
         return torch.ones(width, dtype=self._dtype, device=self._device)
 
     def affine(self, parts: Mapping[str, int], columns: int, bias: bool = False) -> Affine:
-        """The tensors `part`.weight [parts[part], columns] (and .bias), stacked in this order."""
+        """The tensors `part`.weight [parts[part], columns] (and .bias), stacked in this order; in blocks where 16 bits
+        would otherwise be read by the C++ kernels."""
         weights = [self.take(f"{part}.weight", rows, columns, as_stored=True) for part, rows in parts.items()]
         if len({weight.dtype for weight in weights}) > 1:
             weights = [weight.to(self._dtype) for weight in weights]
         biases = [self.take(f"{part}.bias", rows) for part, rows in parts.items()] if bias else []
-        return torch.cat(weights), torch.cat(biases) if bias else None
+        weight, stacked = torch.cat(weights), torch.cat(biases) if bias else None
+        if weight.dtype not in _NARROWED or self.ops.library is None or columns % _GROUP:
+            return weight, stacked
+        blocks = BlockWeight.eight_bits(weight, _GROUP)
+        self.num_bytes += blocks.nbytes - weight.nbytes
+        return blocks, stacked
 
     def linear(self, parts: Mapping[str, int], columns: int, bias: bool = False) -> Linear:
         """One linear from the tensors that `affine` stacks."""

@@ -48,8 +48,8 @@ class DraftRows:
             [(r.request.token_ids[r.start], max(r.request.params.top_k, 0), signed_seed(r.request.seed)) for r in rows],
             dtype=np.int64,
         )
-        moved = to_device(torch.device(device), pages, numbers.T, whole.T, np.stack([start, start + 1]))
-        (temperature, top_p, min_p), (anchors, top_k, seed), (begin, position) = moved[1:]
+        moved = to_device(torch.device(device), pages, *numbers.T, *whole.T, start, start + 1)
+        temperature, top_p, min_p, anchors, top_k, seed, begin, position = moved[1:]
         return DraftRows(
             anchors=anchors,
             start=begin,
@@ -131,15 +131,25 @@ class Drafts:
             self.probs.append(probs)
 
     def proposal(self, confidence: Tensor | None = None) -> Proposal:
-        """The proposal, rows cut to what they wanted."""
-        tokens = torch.stack(self.tokens, dim=1)  # [rows, width]
-        width = tokens.shape[1]
-        if min(self.counts) < width:
-            (beyond,) = to_device(tokens.device, np.arange(width) >= np.array(self.counts)[:, None])
-            tokens.masked_fill_(beyond, -1)
         probs = torch.stack(self.probs, dim=1) if self.probs else None
-        largest = torch.stack(self.largest, dim=1)
-        return Proposal(tokens, self.counts, probs, confidence, largest=largest)
+        return proposal(
+            self.counts, torch.stack(self.tokens, dim=1), torch.stack(self.largest, dim=1), probs, confidence
+        )
+
+
+def proposal(
+    counts: tuple[int, ...],
+    tokens: Tensor,  # [rows, width] int64, overwritten
+    largest: Tensor,  # [rows, width]
+    probs: Tensor | None = None,  # [rows, width, vocab]
+    confidence: Tensor | None = None,  # [rows, width]
+) -> Proposal:
+    """Drafts of all rows as a proposal, rows cut to what they wanted."""
+    width = tokens.shape[1]
+    if min(counts) < width:
+        (beyond,) = to_device(tokens.device, np.arange(width) >= np.array(counts)[:, None])
+        tokens.masked_fill_(beyond, -1)
+    return Proposal(tokens, counts, probs, confidence, largest=largest)
 
 
 def largest_probability(logits: Tensor) -> Tensor:

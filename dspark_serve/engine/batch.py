@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_serve.tensors import DraftLogits, DraftProbs, Penalties, Proposal, SamplingBatch, StepBatch
+from dspark_serve.engine import penalties
+from dspark_serve.tensors import DraftLogits, DraftProbs, Proposal, SamplingBatch, StepBatch
 from dspark_serve.transfers import to_device
 from dspark_serve.types import Plan, Row, signed_seed
 
@@ -125,32 +126,11 @@ class Batcher:
             position=position,
             all_greedy=all(p.greedy for p in sampling),
             any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in sampling),
-            penalties=self._penalties(rows, sample_lens, drafts),
+            penalties=penalties.count(rows, sample_lens, drafts),
             bias_sample=bias.get("sample"),
             bias_token=bias.get("token"),
             bias_value=bias.get("value"),
         )
-
-    def _penalties(self, rows: Sequence[Row], sample_lens: tuple[int, ...], drafts: Tensor) -> Penalties | None:
-        """Counts at every sample of the rows that have penalties, the drafts before the sample counted as generated."""
-        if not any(n and row.request.params.has_penalties for row, n in zip(rows, sample_lens, strict=True)):
-            return None
-        drafted = drafts.tolist()  # what they count depends on drafts: one more copy to the host
-        columns: list[list[npt.NDArray[np.generic]]] = []
-        sample = 0
-        for index, (row, count) in enumerate(zip(rows, sample_lens, strict=True)):
-            params = row.request.params
-            for slot in range(count if params.has_penalties else 0):
-                seen = np.array([*row.request.token_ids, *drafted[index][:slot]])
-                unique, inverse = np.unique(seen, return_inverse=True)
-                generated = np.bincount(inverse[row.request.num_prompt :], minlength=len(unique))
-                constants = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-                columns.append(
-                    [np.full(len(unique), sample + slot), unique, generated.astype(np.float32)]
-                    + [np.full(len(unique), value, dtype=np.float32) for value in constants]
-                )
-            sample += count
-        return Penalties(*to_device(self.device, *(np.concatenate(parts) for parts in zip(*columns, strict=True))))
 
     def _bias(self, rows: Sequence[Row], sample_lens: tuple[int, ...]) -> Moved:
         """logit_bias, and -inf on everything that would stop a request before its min_tokens."""

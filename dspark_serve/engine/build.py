@@ -37,11 +37,11 @@ from dspark_serve.models.base import ModelInfo, TargetModel
 from dspark_serve.models.catalog import CATALOG
 from dspark_serve.models.invariance import row_variance
 from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_model, resolve
+from dspark_serve.reports import EngineInfo
 from dspark_serve.speculation.calibrate import Calibrator, stored_maps
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
 from dspark_serve.speculation.verify import Rule, verify
-from dspark_serve.types import EngineInfo
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
     "none": lambda config, target: DrafterPlan("none", lambda store, first_layer, record=None: NoDrafter()),

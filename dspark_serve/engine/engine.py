@@ -18,12 +18,13 @@ from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.reports import EngineInfo, EngineStats, StepReport
 from dspark_serve.sampling import logprob_table
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.transfers import to_device
-from dspark_serve.types import CostCurve, EngineInfo, EngineStats, Plan, Request, RowResult, StepReport, TokenLogprobs
+from dspark_serve.types import CostCurve, Plan, Request, RowResult, TokenLogprobs
 
 
 class Engine:

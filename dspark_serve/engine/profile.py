@@ -25,10 +25,11 @@ from dspark_serve.engine.remembered import digest, keep_newest, machine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.catalog import cache_dir
+from dspark_serve.reports import EngineInfo
 from dspark_serve.speculation.cost import Point, Profile, load_profile, save_profile
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import EngineInfo, Plan, Request, Row, SamplingParams
+from dspark_serve.types import Plan, Request, Row, SamplingParams
 
 SECONDS = 7.0  # for the sweep
 _PASSES = 3  # timed ones, over all shapes

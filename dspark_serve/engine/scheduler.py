@@ -10,19 +10,8 @@ import time
 from collections.abc import Sequence
 
 from dspark_serve.cache.pages import PagePool, extend_page_keys
-from dspark_serve.types import (
-    EngineBusy,
-    EngineStats,
-    FinishReason,
-    InvalidRequest,
-    Plan,
-    Request,
-    Row,
-    RowReport,
-    RowResult,
-    StepReport,
-    TokenDelta,
-)
+from dspark_serve.reports import EngineStats, RowReport, StepReport, TokenDelta
+from dspark_serve.types import EngineBusy, FinishReason, InvalidRequest, Plan, Request, Row, RowResult
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark_kernels import native
 from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.decoder import DecoderStack, LayerWeights
-from dspark_kernels.native import STORED
+from dspark_kernels.packed import STORED
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.models.attention import AttnMeta, attend, attend_native, runs_native
 from dspark_serve.models.base import ModelInfo

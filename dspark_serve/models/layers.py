@@ -19,6 +19,7 @@ from torch import Tensor
 from dspark_kernels import native, triton
 from dspark_kernels.attention import AttentionKernels
 from dspark_kernels.blocks import BlockWeight
+from dspark_kernels.packed import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,12 @@ class NativeOperations:
         self.name = f"native {kernels.isa} float32"
 
     def linear(self, weight: Weight, bias: Tensor | None = None, norm: RMSNorm | None = None) -> NativeLinear:
-        return NativeLinear(self.library, native.PackedWeight(self.library, weight, bias, False), norm)
+        return NativeLinear(self.library, PackedWeight(self.library, weight, bias, False), norm)
 
     def finish(self, out: Affine, norm: RMSNorm, gate_up: Affine, down: Affine) -> NativeFinish:
         kernels = self.library
-        first, last = (native.PackedWeight(kernels, *affine, gated=False) for affine in (out, down))
-        return NativeFinish(kernels, first, norm, native.PackedWeight(kernels, *gate_up, gated=True), last)
+        first, last = (PackedWeight(kernels, *affine, gated=False) for affine in (out, down))
+        return NativeFinish(kernels, first, norm, PackedWeight(kernels, *gate_up, gated=True), last)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class NativeLinear:
     """x -> norm(x) W^T + b. The fused norm works in whole vectors; one that does not fill them runs in torch."""
 
     kernels: native.Kernels
-    packed: native.PackedWeight
+    packed: PackedWeight
     norm: RMSNorm | None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -141,10 +142,10 @@ class NativeFinish:
     """See Operations.finish."""
 
     kernels: native.Kernels
-    out: native.PackedWeight
+    out: PackedWeight
     norm: RMSNorm
-    gate_up: native.PackedWeight
-    down: native.PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
 
     def __call__(self, attended: Tensor, hidden: Tensor) -> Tensor:
         kernels, norm = self.kernels, self.norm

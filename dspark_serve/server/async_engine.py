@@ -15,17 +15,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 
-from dspark_serve.types import (
-    CostCurve,
-    EngineBusy,
-    EngineDead,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    Request,
-    StepReport,
-    TokenDelta,
-)
+from dspark_serve.reports import EngineInfo, EngineStats, StepReport, TokenDelta
+from dspark_serve.types import CostCurve, EngineBusy, EngineDead, FinishReason, Request
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")

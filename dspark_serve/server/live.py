@@ -10,8 +10,9 @@ from collections import deque
 
 from pydantic import BaseModel
 
+from dspark_serve.reports import EngineInfo, EngineStats, StepReport
 from dspark_serve.server.async_engine import State
-from dspark_serve.types import CostCurve, EngineInfo, EngineStats, FinishReason, Request, StepReport
+from dspark_serve.types import CostCurve, FinishReason, Request
 
 _STEPS = 512  # kept; who asks once a second misses none of a CPU's
 

@@ -17,16 +17,8 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from dspark_serve.types import (
-    PHASES,
-    SKIP_REASONS,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    Request,
-    StepReport,
-    TokenDelta,
-)
+from dspark_serve.reports import PHASES, EngineInfo, EngineStats, StepReport, TokenDelta
+from dspark_serve.types import SKIP_REASONS, FinishReason, Request
 
 M = TypeVar("M", bound=Collector)
 PREFIX = "dspark:"

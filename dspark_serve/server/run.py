@@ -22,10 +22,10 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from dspark_serve.config import Config, ConfigError
+from dspark_serve.reports import EngineInfo
 from dspark_serve.server.app import create_app
 from dspark_serve.server.logs import configure_logging
 from dspark_serve.server.service import Loaded, Service, load
-from dspark_serve.types import EngineInfo
 
 STATS_EVERY_S = 10.0
 log = structlog.get_logger(__name__)

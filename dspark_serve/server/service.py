@@ -19,13 +19,14 @@ from anyio import to_thread
 
 from dspark_serve.choice import Choice, Piece, choice_seeds
 from dspark_serve.config import Config, ConfigError
+from dspark_serve.reports import EngineInfo, EngineStats
 from dspark_serve.server.async_engine import AsyncEngine, EngineLike, RequestFailed, TokenStream
 from dspark_serve.server.errors import ApiError
 from dspark_serve.server.live import Live, LiveStats
 from dspark_serve.server.metrics import Metrics
 from dspark_serve.server.protocol import ChatBody, GenerationBody, TokenizeBody
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import EngineBusy, EngineInfo, EngineStats, InvalidRequest, Request
+from dspark_serve.types import EngineBusy, InvalidRequest, Request
 
 if TYPE_CHECKING:
     from dspark_serve.server.tracing import Traces

@@ -17,8 +17,9 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from dspark_serve.reports import EngineInfo, EngineStats, StepReport, TokenDelta
 from dspark_serve.server.context import current
-from dspark_serve.types import EngineInfo, EngineStats, FinishReason, Request, StepReport, TokenDelta
+from dspark_serve.types import FinishReason, Request
 
 SPAN = "llm_request"  # vLLM's name, and its names of attributes where it has them
 _EXPORT_TIMEOUT_S = 5.0

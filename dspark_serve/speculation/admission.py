@@ -28,9 +28,12 @@ LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that d
 # costs happen to be underestimated, as many were seen to be lost as kept; and a draft is work in places with no curve.
 HURDLE = 0.05
 
-_PROBE_SHARE = 0.005  # of the time: drafts for rows that would not earn them, to learn whether they would now
+_PROBE_SHARE = 0.004  # of the time: drafts for rows that would not earn them, to learn whether they would now
+_GLANCE_SHARE = 0.002  # likewise for lookups
+_LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_HOLD = 8  # steps that a decision holds for while the rows are the same
+_HOLD = 16  # steps that a decision holds for while the rows are the same
+_ALIKE = 4  # that nobody drafts holds, too, while no more than one row in so many came or went
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement
 
@@ -97,6 +100,11 @@ class Admitted:
     costly: Bools
     lookup: Bools
     probed: str | None = None  # the request that drafts only to see what comes of it
+    glance: bool = False  # those that look up do so only to see what comes of it
+
+    @staticmethod
+    def nobody(rows: int) -> Admitted:
+        return Admitted(np.zeros(rows, dtype=np.bool_), np.zeros(rows, dtype=np.bool_))
 
     @cached_property
     def drafting(self) -> int:
@@ -107,6 +115,28 @@ class Admitted:
     def looking(self) -> int:
         """Rows that look up alone."""
         return int(np.count_nonzero(self.lookup))
+
+
+@dataclass
+class _Held:
+    """A decision, for some steps."""
+
+    members: Members
+    rows: int  # of the plan
+    admitted: Admitted
+    until: int  # the step at which it has to be made anew
+
+    def over(self, members: Members, rows: int, step: int) -> bool:
+        """A decision reads a dozen cold arrays, which takes as long as a percent of a step. With many rows one ends
+        every few steps, and whether nobody drafts depends on all of them."""
+        if step >= self.until:
+            return True
+        if members is self.members and rows == self.rows:
+            return False
+        if self.admitted.drafting + self.admitted.looking:
+            return True
+        before, now = set(self.members.batch), set(members.batch)
+        return max(len(before - now), len(now - before), abs(rows - self.rows)) * _ALIKE > len(before)
 
 
 class Admission:
@@ -121,20 +151,18 @@ class Admission:
         own = PerRequest() if own is None else own
         self._drafted = Recent(own, "drafted")
         self._found = Recent(own, "found")  # the same of lookups, with those that found nothing
-        self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_PROBE_SHARE)
+        self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_GLANCE_SHARE)
         self._lookup_ms = _LOOKUP_MS
-        self._held: tuple[Members, Load, Admitted] | None = None
-        self._until = 0  # the step at which what is held has to be decided anew
+        self._held: _Held | None = None
 
     def decide(self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int) -> Admitted:
         """rows: those that may draft; members, context: theirs. load: the whole plan's. step: how many there have been.
 
         Rows of which too little is known draft.
         """
-        if self._held is not None and step < self._until:
-            of, then, admitted = self._held
-            if of is members and then.rows == load.rows:
-                return admitted
+        held = self._held
+        if held is not None and not held.over(members, load.rows, step):
+            return held.admitted if members is held.members else Admitted.nobody(len(rows))
         limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
         times = load.times(self._cost, int(limits.sum()))
         passes = self._cost.draft_curve(len(rows), context, load.greedy)
@@ -145,8 +173,9 @@ class Admission:
         lookup = np.zeros_like(costly)
         if self._lookup:
             lookup = ~costly & self._worth_looking(members, limits, load, times)
-        self._held, self._until = (members, load, Admitted(costly, lookup)), step + _HOLD
-        return self._experiment(rows, members, load, times, Admitted(costly, lookup))
+        admitted = Admitted(costly, lookup)
+        self._held = _Held(members, load.rows, admitted, step + _HOLD)
+        return self._experiment(rows, members, load, times, gain[:, 0], admitted)
 
     def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> Bools:
         """Rows whose lookups earn something where nobody drafts otherwise, and those nothing is known of [rows]."""
@@ -156,22 +185,36 @@ class Admission:
         return worth if unknown is None else worth | unknown
 
     def _experiment(
-        self, rows: Sequence[Row], members: Members, load: Load, times: Floats, admitted: Admitted
+        self, rows: Sequence[Row], members: Members, load: Load, times: Floats, gain: Floats, admitted: Admitted
     ) -> Admitted:
-        """Lets the row that has not drafted for longest draft all the same, and rows look up, once that is saved up."""
-        costly, lookup = admitted.costly, admitted.lookup
+        """Lets the row that has not drafted for longest draft all the same, and rows look up, once that is saved up.
+
+        A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
+        blocks: where drafting nearly pays it costs next to nothing, and there it is most needed.
+        """
+        costly, lookup, glance = admitted.costly, admitted.lookup, False
         if self._lookup and not (costly.any() or lookup.any()) and self._glances.spend(self._lookup_ms * len(rows)):
-            lookup = ~costly
+            lookup, glance = ~costly, True
         if costly.all():
             return admitted
-        index = int(np.where(costly, np.inf, self._drafted.last_steps(members.requests)).argmin())
-        count, drafts = int(costly.sum()) + 1, rows[index].max_drafts
+        whole = np.array([self._may_draft_whole(row) for row in rows])
+        last_steps = np.where(whole & ~costly, self._drafted.last_steps(members.requests), np.inf)
+        index = int(last_steps.argmin())
+        if last_steps[index] == np.inf:
+            return Admitted(costly, lookup, glance=glance)
+        count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
         passes = self._cost.draft_curve(count, (rows[index].start + 1) * count, load.greedy)
-        probed = None
-        if self._probes.spend(float(passes[-1] - passes[-2] + times[drafts] - times[0])):
+        probed, spent_ms = None, float(passes[-1] - passes[-2] + times[drafts] - times[0])
+        saved_ms = float(gain[index] * times[0] / load.rows)
+        if self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
             costly, lookup, probed = costly.copy(), lookup.copy(), members.requests[index]
             costly[index], lookup[index] = True, False
-        return Admitted(costly, lookup, probed)
+        return Admitted(costly, lookup, probed, glance)
+
+    def _may_draft_whole(self, row: Row) -> bool:
+        """Not so just before a request's end: such probes are cheap, and would take the place of all that say more."""
+        limit, width = row.request.speculation.max_draft_tokens, self._drafted.width
+        return row.max_drafts >= (width if limit is None else min(width, limit))
 
     def remember(
         self, signals: DraftSignals, survival: Floats, kept: npt.NDArray[np.int64], step: int, probed: bool
@@ -195,18 +238,22 @@ class Admission:
         whole = replace(signals, kinds=(LOOKUP,) * rows, n_draft=np.full(rows, width))
         self._found.remember(whole, LOOKUP, survival, step)
 
-    def learn(self, spent_ms: float, looked_up: int, propose_ms: float, over_ms: float) -> None:
+    def learn(
+        self, spent_ms: float, looked_up: int, propose_ms: float, over_ms: float = 0.0, lost_ms: float = 0.0
+    ) -> None:
         """After a step expected to take `spent_ms`, in which so many rows did nothing but look up.
 
         over_ms: what a probe took beyond its price: a row that has not drafted for long has its context written first.
+        lost_ms: what the drafts kept of a glance took beyond what they saved. Of many rows' lookups those look best
+        whose chances are overrated most, and what few labels there are in such a load corrects that slowly.
         """
         self._probes.earn(spent_ms)
         self._probes.saved_ms -= over_ms
         self._glances.earn(spent_ms)
+        self._glances.saved_ms -= lost_ms
         if looked_up:
             self._lookup_ms += _LOOKUP_GAIN * (propose_ms / looked_up - self._lookup_ms)
 
     def release(self, request_id: str) -> None:
-        self._held = None
         self._drafted.release(request_id)
         self._found.release(request_id)

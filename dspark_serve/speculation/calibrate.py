@@ -145,6 +145,9 @@ class Calibrator:
     own: PerRequest = field(default_factory=PerRequest)  # a column per drafter: offsets
     _maps: dict[tuple[str, int], _Slots | None] = field(default_factory=dict)  # (mode, width), made when asked for
     _bins: Floats = field(default_factory=lambda: np.zeros((2, _BINS)))
+    error: float = field(
+        default=0.0, init=False
+    )  # expected calibration error of late: mean distance of stated probability and frequency
 
     def probabilities(self, signals: DraftSignals) -> Floats:
         """[rows, width]; 0 beyond a row's drafts."""
@@ -218,12 +221,9 @@ class Calibrator:
         self._bins *= _BIN_DECAY
         self._bins[0] += np.bincount(bins, error.ravel("F"), _BINS)
         self._bins[1] += np.bincount(bins, judged.ravel("F"), _BINS)
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error of late: mean distance of stated probability and frequency."""
         total = float(self._bins[1].sum())
-        return float(np.abs(self._bins[0]).sum()) / total if total else 0.0
+        if total:
+            self.error = float(np.abs(self._bins[0]).sum()) / total
 
     def release(self, request_id: str) -> None:
         self.own.release(request_id)

@@ -7,7 +7,7 @@ draft of a step is, in rejection mode, never that draft nor anything behind it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowR
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_FULL_SHARE = 0.005  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
+_FULL_SHARE = 0.004  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
 _BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _CURVE_POINTS = 48  # at most, of a curve to be shown
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
@@ -95,6 +95,7 @@ class _Step:
     context: int  # theirs
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
+    glance: bool = False
     signals: DraftSignals | None = None
     said: Floats | None = None
     drafted: tuple[int, int] = 0, 0  # rows with drafts of the costly drafter, and their context
@@ -146,13 +147,13 @@ class AutoBudget:
         if not drafting or self._admission is None:
             return plan
         admitted = self._admission.decide(drafting, members, step.load, context, self._steps)
-        step.probed = admitted.probed
+        step.probed, step.glance = admitted.probed, admitted.glance
         if admitted.drafting == len(drafting):
             return plan
         step.skipped["acceptance" if admitted.drafting else "cost"] = len(drafting) - admitted.drafting
         if not admitted.drafting:
             step.looked_up = admitted.looking
-        return replace(plan, rows=_as_admitted(plan, admitted), known_bare=plan.bare)
+        return Plan(_as_admitted(plan, admitted), plan.num_preempted, plan.admitted, plan.bare)
 
     def _who(self, rows: tuple[Row, ...]) -> Members:
         requests = tuple([row.request for row in rows])
@@ -168,6 +169,8 @@ class AutoBudget:
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
         total, step, drafting = sum(proposal.n_draft), self._step, plan.drafting
+        if not drafting:
+            return ()
         if proposal.n_draft != self._n_draft[0]:
             self._n_draft = proposal.n_draft, np.array(proposal.n_draft, dtype=np.int64)
         n_draft = self._n_draft[1]
@@ -188,13 +191,13 @@ class AutoBudget:
             kept = early_stop(survival, load.rows, draft_ms, times)
         if self._admission is not None:
             self._admission.remember(signals, survival, kept, self._steps, step.probed is not None)
+        if step.probed is not None:
+            probed = signals.requests.index(step.probed)
+            kept[probed] = n_draft[probed]
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.
         whole = self._steps % len(n_draft)
         if kept[whole] < n_draft[whole] and self._full.spend(float(times[n_draft[whole]] - times[0])):
             kept[whole] = n_draft[whole]
-        if step.probed is not None:
-            probed = signals.requests.index(step.probed)
-            kept[probed] = n_draft[probed]
         counts: list[int] = kept.tolist()
         return counts
 
@@ -246,7 +249,11 @@ class AutoBudget:
         if self._admission is not None:
             propose_ms = phase_ms.get("propose", 0.0)
             over_ms = 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0)
-            self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms)
+            lost_ms = 0.0
+            if step.glance and step.probed is None:
+                accepted = sum([len(result.tokens) for result in drafted]) - len(drafted)
+                lost_ms = max(predicted_ms - plain_ms[0] - accepted * plain_ms[1], 0.0)
+            self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms, lost_ms)
         return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
 
     def _plain(self, plan: Plan, step_ms: float | None) -> tuple[float, float]:

@@ -54,6 +54,7 @@ class Recent:
     def __init__(self, own: PerRequest | None = None, name: str = "") -> None:
         self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
         self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
+        self.width = 1  # drafts of the largest block so far
         # Survival of a block in the mean, summed over it; how many; when the last one was made.
         self._own = PerRequest() if own is None else own
         self._survival, self._blocks, self._step = f"{name} survival", f"{name} blocks", f"{name} step"  # columns
@@ -102,6 +103,7 @@ class Recent:
             if kind == drafter:
                 n_draft, blocks = signals.n_draft[rows], survival[rows]
                 lines = self._own.lines(signals.requests)[rows]
+                self.width = max(self.width, int(n_draft.max(initial=0)))
                 if signals.fewest == blocks.shape[1]:  # as nearly always
                     self._remember_all(level, blocks, weight)
                     self._remember_each(lines, blocks.sum(1), step)
@@ -109,7 +111,8 @@ class Recent:
                 drafted = n_draft > 0
                 lines, n_draft, blocks = lines[drafted], n_draft[drafted], blocks[drafted]
                 if len(n_draft):
-                    self._remember_all(level, blocks[n_draft == blocks.shape[1]], weight)
+                    # Beside another drafter's the arrays may be wider than any block of this one.
+                    self._remember_all(level, blocks[n_draft == self.width, : self.width], weight)
                     self._remember_each(lines, _as_whole(blocks, n_draft), step)
 
     def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:

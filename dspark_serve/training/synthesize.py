@@ -17,13 +17,14 @@ from typing import Any
 from dspark_serve.config import load_config
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
+from dspark_serve.reports import TokenDelta
 from dspark_serve.text import Tokenizer
 from dspark_serve.training.device import in_use, peak_gib
 from dspark_serve.training.recorder import RecordingRunner
 from dspark_serve.training.records import Conversation, Manifest, RecordReader, RecordWriter
 from dspark_serve.training.target import TargetWeights
 from dspark_serve.training.topics import write_turn
-from dspark_serve.types import Request, SamplingParams, TokenDelta
+from dspark_serve.types import Request, SamplingParams
 
 # (temperature, share): greedy and sampled traffic both; the head is trained on the distribution at 1 in any case.
 TEMPERATURES = ((0.0, 0.40), (0.7, 0.25), (1.0, 0.35))

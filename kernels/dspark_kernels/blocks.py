@@ -60,9 +60,22 @@ class BlockWeight:
         grouped = self.numbers().float().view(*self.scales.shape, self.group)
         return grouped.mul_(self.scales.unsqueeze(2)).add_(self.minima.unsqueeze(2)).view(self.shape)
 
-    def rows(self, index: Tensor) -> BlockWeight:
+    def rows(self, index: Tensor | slice) -> BlockWeight:
         """The outputs `index` names, in that order."""
         return BlockWeight(self.codes[index], self.scales[index], self.minima[index])
+
+    @staticmethod
+    def eight_bits(weight: Tensor, group: int = 32) -> BlockWeight:
+        """The nearest codes of 8 bits to a matrix [outputs, inputs] of floats, as Q8_0: off by half a scale, which
+        is the group's largest magnitude / 127. ValueError where `group` does not divide the inputs."""
+        if weight.shape[1] % group:
+            raise ValueError(f"{weight.shape[1]} inputs cannot be cut into groups of {group}")
+        grouped = weight.float().reshape(len(weight), -1, group)
+        largest = grouped.abs().amax(-1) / 127
+        halves = largest.half().float()  # where they are as good: half the bytes
+        scales = torch.where((halves >= torch.finfo(torch.float16).tiny) & halves.isfinite(), halves, largest)
+        codes = (grouped / scales.unsqueeze(-1)).nan_to_num_(0.0).round_().clamp_(-127, 127)  # of zeros: NaN
+        return BlockWeight(codes.flatten(1).to(torch.int8), scales, torch.full_like(scales, -0.0))
 
     @staticmethod
     def cat(parts: Sequence[BlockWeight]) -> BlockWeight:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_kernels.native import Attention, Kernels, Packed, PackedWeight
+from dspark_kernels.native import Attention, Kernels
+from dspark_kernels.packed import Packed, PackedWeight, pointer
 
 
 class _Layer(ctypes.Structure):  # mirrors decoder.cpp, as does _Decoder
@@ -23,7 +24,7 @@ class _Layer(ctypes.Structure):  # mirrors decoder.cpp, as does _Decoder
 
 class _Decoder(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "hidden", "taps")),
+        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "norm", "hidden", "taps")),
         *((name, c_void_p) for name in ("normed", "qkv", "attended", "middle", "between")),
         *((name, c_int64) for name in ("count", "rows", "width", "tap_stride")),
         ("eps", c_float),
@@ -76,6 +77,7 @@ class DecoderStack:
         *,
         block: bool = False,  # as for Kernels.attention; slots are not looked at then
         taps: Sequence[int] = (),  # different layers, whose output is wanted
+        norm: Tensor | None = None,  # [hidden] contiguous: RMSNorm of the last layer's output; not of taps
     ) -> Tensor | None:
         """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
         tokens, width = hidden.shape
@@ -94,8 +96,9 @@ class DecoderStack:
             ctypes.addressof(self._layers),
             ctypes.addressof(attention),
             ctypes.addressof(column := (c_int64 * len(columns))(*columns)),
+            pointer(norm),
             hidden.data_ptr(),
-            None if tapped is None else tapped.data_ptr(),
+            pointer(tapped),
             *(part.data_ptr() for part in scratch),
             len(self._layers),
             tokens,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_kernels.native import Attention, Draw, Kernels, Packed, PackedWeight
+from dspark_kernels.native import Attention, Draw, Kernels
+from dspark_kernels.packed import Packed, PackedWeight
 
 
 class _ContextLayer(ctypes.Structure):  # mirrors head.cpp, as do the others

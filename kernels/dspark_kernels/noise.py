@@ -50,7 +50,8 @@ _SQRT_HALF_BITS: Final = 0x3F3504F3
 _MANTISSA: Final = 0x007FFFFF
 
 _NUMPY_CALLS: Final = 1 << 12  # so few addresses on the CPU are faster in numpy, whose operations start sooner
-_CHUNK: Final = 1 << 16  # Philox calls per pass of the torch path: temporaries stay within the caches
+_CHUNK: Final = 1 << 16  # Philox calls per pass of the torch path: temporaries stay within a CPU's caches
+_LARGE_CHUNK: Final = 1 << 22  # elsewhere, where starting operations is what costs
 
 Integers: TypeAlias = int | npt.NDArray[Any]
 Words: TypeAlias = npt.NDArray[np.uint32]
@@ -183,7 +184,7 @@ def grid_runs(seed: Tensor, position: Tensor, first: Tensor, width: int, stream:
     runs, groups = first.shape[0], -(-width // LANES)
     out = torch.empty((runs, groups, LANES), dtype=torch.int32, device=first.device)
     offsets = torch.arange(groups, device=first.device)  # [groups]
-    step = max(1, _CHUNK // max(1, groups))
+    step = max(1, (_CHUNK if first.device.type == "cpu" else _LARGE_CHUNK) // max(1, groups))
     for start in range(0, runs, step):
         part = slice(start, start + step)
         group = (first[part] >> 2).unsqueeze(1) + offsets  # [part, groups]

@@ -104,11 +104,11 @@ class Image:
 
 def build(target: str, scratch: Path, arguments: dict[str, str]) -> Image:
     """The stage `target` and those that it needs, below `scratch`. `arguments` are those of `--build-arg`."""
-    _pip(scratch / "pip")
+    pip_settings(scratch / "pip", "/run/pip")
     built: dict[str, Image] = {}
     for name in _needed(target):
         stage = STAGES[name]
-        lower = built[stage.base].layers if stage.base in built else [_debian(stage.base, scratch / "debian")]
+        lower = built[stage.base].layers if stage.base in built else [debian(stage.base, scratch / "debian")]
         upper = scratch / name / "upper"
         upper.mkdir(parents=True)
         inherited = built[stage.base].environment if stage.base in built else {"PATH": _PATH}
@@ -181,7 +181,7 @@ def _ignored(directory: str, names: list[str]) -> set[str]:
     return {name for name in names if not allowed(str((Path(directory) / name).relative_to(ROOT)))}
 
 
-def _debian(base: str, root: Path) -> Path:
+def debian(base: str, root: Path) -> Path:
     """What `debian:N-slim` is made of: the packages that Debian calls essential, and an apt that keeps nothing."""
     distribution, _, tag = base.partition(":")
     if distribution != "debian":
@@ -191,8 +191,11 @@ def _debian(base: str, root: Path) -> Path:
     return root
 
 
-def _pip(directory: Path) -> None:
-    """pip's settings on this machine, as far as they are not about its own files: index, certificates, patience."""
+def pip_settings(directory: Path, inside: str) -> None:
+    """pip's settings on this machine, as far as they are not about its own files: index, certificates, patience.
+
+    `inside`: where the image sees `directory`.
+    """
     directory.mkdir(parents=True)
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     settings: dict[str, str] = {}
@@ -205,7 +208,7 @@ def _pip(directory: Path) -> None:
     for name, value in settings.items():
         if name in _PIP_FILES:
             shutil.copy(value, directory / name)
-            lines.append(f"{name} = /run/pip/{name}")
+            lines.append(f"{name} = {inside}/{name}")
         elif words := [word for word in value.split() if not word.startswith(("/", "file:"))]:
             lines.append(f"{name} = {' '.join(words)}")
     (directory / "pip.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,10 @@ import httpx
 import pytest
 from dockerfile import ROOT
 from replay import Image, build, missing
+from served import MODEL, UID, check_answers, check_first_lines, check_status, wait_until_ready
 
 from dspark_serve.models.loader import resolve
 
-MODEL = "smollm2-135m-instruct"
-QUESTION = {"messages": [{"role": "user", "content": "Name three fruits."}], "max_tokens": 24, "seed": 7}
-UID = 10001
 pytestmark = [
     pytest.mark.skipif(
         "REPLAY" not in os.environ, reason="takes minutes and gigabytes: `make test-docker` asks for it"
@@ -110,24 +106,12 @@ def started(image: Image) -> Iterator[Started]:
         process = subprocess.Popen(command, stdout=output, stderr=output)
         found = Started(image, process, client, port, volume, log)
         try:
-            _wait_until_ready(found)
+            wait_until_ready(client, lambda: None if process.poll() is None else log.read_text())
             yield found
         finally:
             if process.poll() is None:
                 os.kill(found.server, signal.SIGKILL)  # the first of its name space, which ends with it
             process.wait()
-
-
-def _wait_until_ready(started: Started) -> None:
-    while True:
-        if started.process.poll() is not None:
-            pytest.fail(f"the server ended: {started.log.read_text()}")
-        try:
-            if started.client.get("/ready").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
 
 
 def test_no_weights_travel_in_the_image(image: Image) -> None:
@@ -144,25 +128,12 @@ def test_no_weights_travel_in_the_image(image: Image) -> None:
 
 
 def test_it_starts_as_promised(started: Started) -> None:
-    lines = started.log.read_text()
-    assert re.search(rf"^model\s+{MODEL}: .*\bnative (base|avx2|avx512)\b", lines, re.MULTILINE), lines
-    assert re.search(r"^exactness\s+bitwise", lines, re.MULTILINE), lines
-    assert re.search(r"^speculation\s+portfolio.*/heads/", lines, re.MULTILINE), lines
-    status = Path(f"/proc/{started.server}/status").read_text()
-    assert re.search(rf"^Uid:\t{UID}\t{UID}\t{UID}\t{UID}$", status, re.MULTILINE)
-    assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
-    assert re.search(r"^NSpid:\t\d+\t1$", status, re.MULTILINE)
+    check_first_lines(started.log.read_text())
+    check_status(Path(f"/proc/{started.server}/status").read_text())
 
 
 def test_it_answers_alike_with_and_without_drafts(started: Started) -> None:
-    texts = []
-    for enabled in (True, False):
-        answer = started.client.post("/v1/chat/completions", json={**QUESTION, "speculation": {"enabled": enabled}})
-        assert answer.status_code == 200, answer.text
-        texts.append(answer.json()["choices"][0]["message"]["content"])
-        assert answer.json()["usage"]["completion_tokens"] > 1
-    assert texts[0] == texts[1]
-    assert texts[0].strip()
+    check_answers(started.client)
 
 
 def test_its_health_check_says_so(started: Started) -> None:

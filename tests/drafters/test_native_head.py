@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dspark_kernels import native
+from dspark_kernels import native, packed
 from dspark_kernels.decoder import DecoderStack
 from dspark_serve.cache.store import KVStore
-from dspark_serve.drafters.heads import plan_head
+from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.heads import plan_from_tensors, plan_head
 from dspark_serve.drafters.rows import DraftRows
+from dspark_serve.models.loader import load_model, read_config, resolve
 from tests.drafters.golden import GOLDENS, golden_runs, golden_target
 from tests.toy import make_engine, make_request, run
 
@@ -66,6 +69,46 @@ def test_one_call_drafts_what_the_loop_drafts(temperatures, few):
     assert len(set(ours.tokens.flatten().tolist())) > 5
     torch.testing.assert_close(ours.largest, loop.largest, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours.confidence, loop.confidence, atol=1e-6, rtol=1e-5)
+
+
+def made_from(tensors, kernels="auto"):
+    """The vanilla head's drafter with these tensors, and its plan."""
+    target = load_model(resolve(str(GOLDENS / "target")), "float32", "cpu", kernels=kernels)
+    config = HeadConfig.parse(read_config(GOLDENS / "dspark_vanilla"))
+    plan = plan_from_tensors(config, tensors, target, "coupled")
+    store = KVStore((*target.info.kv_layers, *plan.kv_layers), 40, 8)
+    fill(store)
+    return plan.make(store, len(target.info.kv_layers)), plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_of_16_bits_are_held_in_8_where_the_kernels_read_them(dtype):
+    stored = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in load_file(GOLDENS / "dspark_vanilla" / "model.safetensors").items()
+    }
+    exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
+    rows, drafts, bytes_, blocks = rows_of(TEMPERATURES["drawn"]), [], [], []
+    for tensors, kernels in ((stored, "auto"), (exact, "auto"), (stored, "torch")):
+        drafter, plan = made_from(tensors, kernels)
+        bytes_.append(plan.num_bytes)
+        batch = DraftRows.build(rows, 8, drafter.width, "cpu")
+        blocks.append(drafter._head.block(batch, drafter._store, drafter._first_layer))
+        drafts.append(drafter.propose(rows).tokens)
+        head = drafter._head.native
+        assert (head is None) == (kernels == "torch")
+        if head is not None:
+            matrices = [m for layer in head.stack._weights for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+            matrices.append(head.context.fc)
+            assert {m.storage for m in matrices} == ({packed.HALF_CODES8} if tensors is stored else {packed.FLOAT32})
+            assert head.sampler.bias.inputs == 16  # no whole group, so it stays as it is stored
+            assert head.sampler.bias.storage == packed._STORAGE[tensors["markov_head.markov_w2.weight"].dtype]
+    held, plain, torch_ = blocks
+    assert bytes_[0] < 0.65 * bytes_[1]  # with embeddings and norms, which stay; 16 bits would take 0.73
+    torch.testing.assert_close(torch_, plain, atol=1e-4, rtol=1e-4)  # float32 heads and other kernels are left alone
+    off = (held - plain).norm() / plain.norm()
+    assert 1e-4 < off < 0.03
+    assert (drafts[0] == drafts[1]).float().mean() > 0.8
 
 
 def test_a_row_drafts_alone_what_it_drafts_in_company():

@@ -67,7 +67,7 @@ def observing(monkeypatch):
     def observe(slots, value):
         slots = torch.tensor(slots)
         batch = SimpleNamespace(positions=slots, slots=slots, drafts=torch.empty(1, 0), query_lens=(len(slots),))
-        drafter.observe(batch, torch.full((len(slots), drafter._kept_taps().shape[1]), float(value)), None)
+        drafter.observe(batch, torch.full((len(slots), drafter._kept.shape[1]), float(value)), None)
 
     return drafter, observe, written
 

@@ -1,7 +1,10 @@
 """Requests to tensors: every field of a ragged batch against what a reader would write down by hand."""
 
+import random
+
 import torch
 
+from dspark_serve.engine import penalties
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, SamplingParams
@@ -66,14 +69,49 @@ def test_draft_probabilities_go_to_the_rows_that_drafted():
 
 def test_penalty_counts_include_the_drafts_before_each_sample():
     row = Row(request("r", [5, 5, 6, 7, 6], 2, [1, 2], presence_penalty=1.0, repetition_penalty=2.0), 4, 1, True, 2)
-    penalties = Batcher(4).build(Plan((row,)), Proposal.from_lists([[5, 9]])).sampling.penalties
-    entries = list(zip(penalties.sample.tolist(), penalties.token.tolist(), penalties.generated.tolist(), strict=True))
+    counts = Batcher(4).build(Plan((row,)), Proposal.from_lists([[5, 9]])).sampling.penalties
+    entries = list(zip(counts.sample.tolist(), counts.token.tolist(), counts.generated.tolist(), strict=True))
     first = [(0, 5, 0.0), (0, 6, 2.0), (0, 7, 1.0)]
     second = [(1, 5, 1.0), (1, 6, 2.0), (1, 7, 1.0)]
     third = [(2, 5, 1.0), (2, 6, 2.0), (2, 7, 1.0), (2, 9, 1.0)]
     assert entries == first + second + third
-    assert set(penalties.presence.tolist()) == {1.0}
-    assert set(penalties.repetition.tolist()) == {2.0}
+    assert set(counts.presence.tolist()) == {1.0}
+    assert set(counts.repetition.tolist()) == {2.0}
+
+
+def test_penalties_count_as_a_loop_does():
+    """Rows with and without penalties, prompts still computed, drafts old and new, in few tokens: repeats abound."""
+    generator = random.Random(0)
+    for _ in range(60):
+        rows, drafts = [], []
+        for name in range(generator.randint(1, 4)):
+            tokens = [generator.randrange(7) for _ in range(generator.randint(1, 9))]
+            prompt, count = generator.randint(1, len(tokens)), generator.randint(0, 3)
+            strength = generator.choice([0.0, 0.5, 2.0])
+            item = request(str(name), tokens, prompt, range(1, 5), presence_penalty=strength)
+            samples = generator.random() < 0.8
+            rows.append(Row(item, len(tokens) - 1, 1, samples, count if samples else 0))
+            if samples and count:
+                drafts.append([generator.randrange(9) for _ in range(count)])
+        batch = Batcher(4).build(Plan(tuple(rows)), Proposal.from_lists(drafts))
+        wanted, sample = {}, 0
+        for row, n in zip(rows, batch.sample_lens, strict=True):
+            own = drafts.pop(0) if n > 1 else []
+            for slot in range(n):
+                item, before = row.request, own[:slot]
+                if item.params.presence_penalty:
+                    for token in {*item.token_ids, *before}:
+                        times = [*item.token_ids[item.num_prompt :], *before].count(token)
+                        wanted[sample, token] = times, item.params.presence_penalty
+                sample += 1
+        found = batch.sampling.penalties
+        assert (found is None) == (not wanted)
+        if found is None:
+            continue
+        for way in (found, penalties._on_device(rows, batch.sample_lens, batch.drafts)):  # a GPU's way, on a CPU
+            columns = (x.tolist() for x in (way.sample, way.token, way.generated, way.presence))
+            entries = {((s, token), (times, strength)) for s, token, times, strength in zip(*columns, strict=True)}
+            assert entries == set(wanted.items())
 
 
 def test_bias_and_min_tokens_reach_the_right_samples():

@@ -38,6 +38,7 @@ class Fixed:
         self.passes: list[Callable[[DraftRows], torch.Tensor]] = []
         drafter = plan.make(self.store, len(target.info.kv_layers), self.passes.append)  # type: ignore[arg-type]
         assert isinstance(drafter, DSparkDrafter)
+        drafter._head.__dict__["native"] = None  # layer after layer, as on a GPU
         [self.block] = self.passes
 
     def refill(self) -> None:

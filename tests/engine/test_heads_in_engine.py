@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark_kernels import native
+from dspark_kernels.packed import PackedWeight
 from dspark_serve.config import ConfigError, load_config
 from dspark_serve.drafters.head_config import HeadError
 from dspark_serve.drafters.heads import plan_head
@@ -59,14 +60,14 @@ def test_a_head_runs_by_the_targets_kernels(head, monkeypatch):
     """`--kernels torch` is for both; otherwise both use the C++ ones, which pack every matrix they multiply by."""
     if native.load() is None:
         pytest.skip("the C++ kernels are not built")
-    packed, pack = [], native.PackedWeight.__init__
-    monkeypatch.setattr(native.PackedWeight, "__init__", lambda *a, **k: packed.append(a) or pack(*a, **k))
+    made, pack = [], PackedWeight.__init__
+    monkeypatch.setattr(PackedWeight, "__init__", lambda *a, **k: made.append(a) or pack(*a, **k))
     for kernels, is_native in (("torch", False), ("auto", True)):
         target = load_model(resolve(TARGET), "float32", "cpu", kernels=kernels)
-        assert (target.info.kernels == "auto") == bool(packed) == is_native
-        before = len(packed)
+        assert (target.info.kernels == "auto") == bool(made) == is_native
+        before = len(made)
         plan_head(GOLDENS / head, target, "coupled")
-        assert (len(packed) > before) == is_native
+        assert (len(made) > before) == is_native
 
 
 def test_a_head_costs_its_own_layers_only():

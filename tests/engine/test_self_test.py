@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dspark_serve.engine.self_test import _MAX_TOKENS, SelfTest, expected_length, run_self_test
-from dspark_serve.types import RowReport, StepReport
+from dspark_serve.reports import RowReport, StepReport
 from tests.tiny_model import byte_tokenizer
 
 

@@ -26,6 +26,7 @@ from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.loader import load_model, resolve
 from dspark_serve.speculation.policies import KeepAll
 from dspark_serve.transfers import to_device
+from dspark_serve.types import VerifyMode
 from tests.drafters.golden import GOLDENS
 from tests.test_exactness import deciding_budget
 from tests.toy import make_engine, make_request, toy_model
@@ -70,13 +71,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield found
 
 
-def engine_there(drafter: str) -> Engine:
+def engine_there(drafter: str, mode: VerifyMode = "coupled") -> Engine:
     """A golden target on the pretended device, with as much of a drafter; a budget decides where it is a head's."""
     model = load_model(resolve(str(GOLDENS / "target")), "float32", str(pretended.DEVICE))
     width, layers = 3, model.info.kv_layers
     ngram = NgramDrafter(0 if drafter == "none" else width, 1, 3)
     head = "dspark_vanilla" if drafter == "portfolio" else drafter
-    plan = None if drafter in ("none", "ngram") else plan_head(GOLDENS / head, model, "coupled", width)
+    plan = None if drafter in ("none", "ngram") else plan_head(GOLDENS / head, model, mode, width)
     store = KVStore((*layers, *(plan.kv_layers if plan else ())), 60, 8, model.info.dtype, model.device)
     made: Any = ngram if plan is None else plan.make(store, len(layers))
     made = PortfolioDrafter(ngram, made, head) if drafter == "portfolio" else made
@@ -84,18 +85,20 @@ def engine_there(drafter: str) -> Engine:
         PagePool(60, 8), max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, max_queue=9,
         vocab_size=model.info.vocab_size, draft_width=made.width,
     )  # fmt: skip
-    budget = deciding_budget(made, "generous") if plan else KeepAll()
+    budget = deciding_budget(made, "generous", mode) if plan else KeepAll()
     batcher, runner = Batcher(8, model.device), Runner(model, store, made.taps)
-    return Engine(make_engine(toy_model()).info, scheduler, made, budget, batcher, runner)
+    return Engine(make_engine(toy_model(), mode=mode).info, scheduler, made, budget, batcher, runner)
 
 
-def serve(engine: Engine, counted: Counter[str], **params: Any) -> list[dict[str, int]]:
-    """What was counted in each step after the first, which has the prompts. Whoever drafts has some verified."""
+def serve(engine: Engine, counted: Counter[str], *asked: dict[str, Any]) -> list[dict[str, int]]:
+    """What was counted in each step after the first, which has the prompts. Whoever drafts has some verified.
+
+    Three requests, greedy but for what is `asked`: of the first, the second, ..., then of the first again.
+    """
     for index in range(3):
+        params = {"temperature": 0.0, "max_tokens": 8} | (asked[index % len(asked)] if asked else {})
         prompt = [5 + index, 6, 7, 6, 7, 6, 7]
-        engine.add(
-            make_request(f"r{index}", prompt, seed=index, max_tokens=8, temperature=0.0, ignore_eos=True, **params)
-        )
+        engine.add(make_request(f"r{index}", prompt, seed=index, ignore_eos=True, **params))
     engine.step()
     found, kept = [], 0
     while engine.has_work:
@@ -134,11 +137,22 @@ def test_a_head_that_nobody_judges_is_not_waited_for(counted: Counter[str], draf
     check(serve(engine, counted), {1}, 6)
 
 
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+@pytest.mark.parametrize("drafter", ["ngram", "dspark_vanilla", "dflash", "eagle3"])
+def test_sampling_is_not_waited_for(counted: Counter[str], drafter: str, mode: VerifyMode) -> None:
+    """However target and drafter draw, filter and penalise, the copies are those of greedy requests."""
+    engine, back = engine_there(drafter, mode), {1} if drafter == "ngram" else {1, 2}
+    sampled = {"temperature": 0.8, "max_tokens": 8 if drafter == "ngram" else 5}  # the text must repeat itself first
+    check(serve(engine, counted, sampled, sampled | {"temperature": 0.0}), back, 10)
+    filters: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.9, "frequency_penalty": 0.5}, {"min_p": 0.1}]
+    check(serve(engine, counted, *(sampled | each for each in filters)), back, 10)
+
+
 @pytest.mark.parametrize("asked", [{"logprobs": 3}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)}])
-def test_what_requests_ask_for_costs_one_copy_more(counted: Counter[str], asked: dict[str, Any]) -> None:
-    """Log-probabilities come together; what penalties count depends on the drafts. Biases need nothing."""
-    back = {1} if "logit_bias" in asked else {2}
-    check(serve(engine_there("ngram"), counted, **asked), back, 6)
+def test_only_log_probabilities_cost_one_copy_more(counted: Counter[str], asked: dict[str, Any]) -> None:
+    """Log-probabilities come together; penalties count drafts where they are, and biases need nothing."""
+    back = {2} if "logprobs" in asked else {1}
+    check(serve(engine_there("ngram"), counted, asked), back, 6)
 
 
 def test_waiting_is_noticed(counted: Counter[str]) -> None:

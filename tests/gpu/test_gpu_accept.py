@@ -22,7 +22,7 @@ from test_interpreted_accept import (
     test_rejection_rows_are_the_servers,  # noqa: F401
 )
 
-from dspark_kernels.triton import accept
+from dspark_kernels.triton import accept, rejection
 
 pytestmark = ON_KERNELS
 VOCAB = 9001 if REHEARSAL else 151_936
@@ -41,7 +41,7 @@ def test_rows_alone_at_a_real_vocabulary(mode: str) -> None:
         mine = [logits[some], batch.drafts[row : row + 1], first[:1] * 0, count[row : row + 1]]
         mine += [x[some] for x in (sampling.temperature, sampling.seed, sampling.position)]
         arguments = there(mine)
-        alone = accept.accept_coupled(*arguments) if mode == "coupled" else accept.accept_rejection(*arguments, None)
+        alone = accept.accept_coupled(*arguments) if mode == "coupled" else rejection.accept_rejection(*arguments, None)
         assert alone[0].tolist() == [accepted[row]]
         assert alone[1].tolist() == [tokens[row].tolist()]
 

@@ -12,7 +12,8 @@ from test_interpreted_noise import addresses, rows_kernel, run_kernel, same, sam
 
 from dspark_kernels import noise as specification
 from dspark_kernels.triton import noise
-from dspark_serve.sampling import draw_logits
+from dspark_serve.sampling import draw_logits, draw_target
+from dspark_serve.tensors import SamplingBatch
 from dspark_serve.types import GREEDY_TEMPERATURE
 
 pytestmark = ON_KERNELS
@@ -89,6 +90,22 @@ def test_torch_draws_on_the_device_as_on_the_cpu() -> None:
     given = samples(7, VOCAB)
     there_too = draw_logits(*(x.to(DEVICE) for x in given))
     assert there_too.tolist() == draw_logits(*given).tolist()
+
+
+def test_filters_and_draws_never_wait() -> None:
+    """What tests/engine/test_transfers.py counts on a pretended device, asked of the real one; and the CPU's tokens."""
+    logits, temperature, seed, position = samples(7, VOCAB)
+    top_k, min_p = torch.tensor([0, 1, 50, 700, 0, 3, VOCAB]), torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.05])
+    batch = SamplingBatch(temperature, top_k, torch.ones(7), min_p, seed, position, all_greedy=False, any_filter=True)
+    on_device, batch_there = there(logits), there(batch)
+    if not REHEARSAL:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = draw_target(on_device, batch_there)
+    finally:
+        if not REHEARSAL:
+            torch.cuda.set_sync_debug_mode("default")
+    assert tokens.tolist() == draw_target(logits, batch).tolist()
 
 
 def test_thresholds_cut_scaled_logits() -> None:

@@ -4,9 +4,11 @@
 #include "draw.h"
 #include "product.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 using namespace dspark;
@@ -24,6 +26,14 @@ void dspark_products(const Product*, int64_t, int64_t);
 void dspark_attention(const Attention*);
 void dspark_argmax(const float*, int64_t*, int64_t, int64_t, int64_t);
 void dspark_draw(const Draw*);
+struct Filter {  // as in filter.cpp
+    const float *logits, *probs;
+    const int64_t* top_k;
+    const float* top_p;
+    float* out;
+    int64_t rows, width, threads;
+};
+void dspark_filter(const Filter*);
 }
 
 namespace {
@@ -259,6 +269,48 @@ void draws() {
     }
 }
 
+// Thresholds of top-k, then top-p, against what sorting says; probabilities are exact multiples of the masses.
+void filters() {
+    Random random;
+    constexpr int64_t rows = 12;
+    for (int64_t width : {1, 64, 1003}) {
+        std::vector<float> logits = random.numbers(rows * width), probs(rows * width), top_p, found(rows);
+        std::vector<int64_t> top_k;
+        for (float& x : logits) x = std::round(x * 64.0f) / 16.0f;  // ties, and zeros of both signs
+        for (int64_t i = 0; i < rows * width; i++) {
+            probs[i] = std::exp2(std::floor(logits[i])) / static_cast<float>(256 * (1 << 10));
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            top_k.push_back(row % 3 ? 1 + random.word() % width : 0);
+            top_p.push_back(row % 4 ? static_cast<float>(random.word() % 1000) / 1000.0f : 1.0f);
+        }
+        Filter f{logits.data(), probs.data(), top_k.data(), top_p.data(), found.data(), rows, width, 2};
+        dspark_filter(&f);
+        double wrong = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            std::vector<std::pair<float, double>> sorted;
+            for (int64_t i = 0; i < width; i++) sorted.push_back({logits[row * width + i], probs[row * width + i]});
+            std::sort(sorted.begin(), sorted.end(), [](auto& a, auto& b) { return a.first > b.first; });
+            float want = top_k[row] ? sorted[top_k[row] - 1].first : -INFINITY;
+            double total = top_k[row] ? 0.0 : 1.0, sum = 0.0;
+            for (auto& [x, p] : sorted) total += top_k[row] && x >= want ? p : 0.0;
+            float least = want;
+            if (top_p[row] < 1.0f) {
+                want = sorted.back().first;
+                for (auto& [x, p] : sorted) {
+                    sum += x >= least ? p : 0.0;
+                    if (sum >= total * static_cast<double>(top_p[row])) {
+                        want = x;
+                        break;
+                    }
+                }
+            }
+            wrong += want != found[row];
+        }
+        tell("filter", width, bits_of(found), wrong);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -268,4 +320,5 @@ int main() {
     for (int64_t window : {0, 7}) attention(window, false);
     attention(0, true);
     draws();
+    filters();
 }

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.blocks import BlockWeight
-from dspark_kernels.native import Kernels, PackedWeight
+from dspark_kernels.native import Kernels
+from dspark_kernels.packed import PackedWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
@@ -94,6 +95,27 @@ def test_joining_changes_no_value() -> None:
     assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
     alike = BlockWeight.cat([parts[0], parts[2]])
     assert (alike.bits, alike.group) == (4, 32)
+
+
+def test_eight_bits_are_off_by_half_a_step_at_most() -> None:
+    """Of a scale that is a float16 wherever one is good enough, in groups of any size of number."""
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(3))
+    weight *= torch.tensor([1.0, 1e-3, 0.0, 1e-9, 1e30, -5.0]).unsqueeze(1)
+    blocks = BlockWeight.eight_bits(weight)
+    assert (blocks.bits, blocks.group, blocks.shape) == (8, 32, weight.shape)
+    assert int(blocks.codes.abs().max()) == 127
+    groups = weight.view(6, 3, 32)
+    off = (blocks.dequantize().view_as(groups) - groups).abs().amax(-1)
+    step = groups.abs().amax(-1) / 127
+    assert (off <= 0.51 * step + 127 * 2.0**-11 * step).all()
+    assert (off[step > 0] > 0.2 * step[step > 0]).all()
+    assert torch.equal(blocks.scales[[0, 5]], blocks.scales[[0, 5]].half().float())
+    assert torch.equal(blocks.minima.signbit(), torch.ones_like(blocks.minima, dtype=torch.bool))
+    # What is made of codes already loses nothing.
+    again = BlockWeight.eight_bits(blocks.dequantize().bfloat16().float()[:1])
+    assert torch.equal(again.codes.abs().amax(-1), torch.tensor([127], dtype=torch.int8))
+    with pytest.raises(ValueError, match="groups of 32"):
+        BlockWeight.eight_bits(torch.ones(2, 48))
 
 
 @pytest.mark.parametrize("scales", [(3, 2), (4, 3), (4, 64)])

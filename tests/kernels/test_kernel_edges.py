@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark_kernels import noise
-from dspark_kernels.native import STORED, Kernels, PackedWeight
+from dspark_kernels.native import Kernels
+from dspark_kernels.packed import STORED, PackedWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from helpers import INSTRUCTION_SETS, load_kernels

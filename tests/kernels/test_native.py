@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_kernels import native, noise
-from dspark_kernels.native import Kernels, PackedWeight
+from dspark_kernels.native import Kernels
+from dspark_kernels.packed import PackedWeight
 from dspark_serve.models.loader import load_model, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))

@@ -24,7 +24,7 @@ FLAGS = "-O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-
 pytestmark = pytest.mark.timeout(1200)  # compiling and sanitized tests: many times as long on a busy machine
 TESTS = [
     *("tests/kernels/test_native.py", "tests/kernels/test_blocks.py", "tests/kernels/test_kernel_edges.py"),
-    *("tests/models/test_attention.py", "tests/drafters/test_native_head.py"),
+    *("tests/models/test_attention.py", "tests/drafters/test_native_head.py", "tests/kernels/test_filter.py"),
 ]
 LEFT_OUT = "not torch and not 49152 and not 1030"  # without kernels, or long and of no other code
 COMPILER = shutil.which("g++")

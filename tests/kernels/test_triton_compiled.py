@@ -16,7 +16,7 @@ import torch
 from compiled import TENSOR_CORE, WIDE_LOAD, Machine, compile_launch, launches
 from torch import Tensor
 
-from dspark_kernels.triton import accept, attention, markov, noise, norms, rope, tiles
+from dspark_kernels.triton import accept, attention, markov, noise, norms, rejection, rope, tiles
 
 BF16, F16, F32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int64
 VOCAB, ROWS, DRAFTS = 151_936, 4, 7
@@ -52,14 +52,14 @@ def samples(dtype: torch.dtype = F32) -> list[Tensor]:
     return [empty(count, VOCAB, dtype=dtype), empty(count), empty(count, dtype=INT), empty(count, dtype=INT)]
 
 
-def accepts(rejection: bool, threshold: bool = False) -> Callable[[], object]:
+def accepts(mode: str, threshold: bool = False) -> Callable[[], object]:
     logits, temperature, seed, position = samples()
     rows = empty(ROWS, DRAFTS, dtype=INT), empty(ROWS, dtype=INT), empty(ROWS, dtype=INT)
     cut = temperature if threshold else None
-    if not rejection:
+    if mode == "coupled":
         return lambda: accept.accept_coupled(logits, *rows, temperature, seed, position, cut)
-    draft = accept.DraftLogits(empty(ROWS, DRAFTS, VOCAB), empty(ROWS, DRAFTS))
-    return lambda: accept.accept_rejection(logits, *rows, temperature, seed, position, draft, cut)
+    draft = rejection.DraftLogits(empty(ROWS, DRAFTS, VOCAB), empty(ROWS, DRAFTS))
+    return lambda: rejection.accept_rejection(logits, *rows, temperature, seed, position, draft, cut)
 
 
 def drafts(keep: bool, some: bool = False) -> Callable[[], object]:
@@ -105,13 +105,13 @@ PROOFS = {
         small=("pick_kernel",),
     ),
     "coupled acceptance": Proof(
-        accepts(False, threshold=True),
+        accepts("coupled", threshold=True),
         ("scan_kernel", "coupled_kernel"),
         exact=("scan_kernel",),
         small=("coupled_kernel",),
     ),
     "rejection": Proof(
-        accepts(True),
+        accepts("rejection"),
         ("mass_kernel", "rejection_kernel", "residual_kernel", "append_kernel"),
         small=("rejection_kernel", "append_kernel"),
     ),

@@ -10,10 +10,11 @@ from tiny_model import EOS, VOCAB
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.config import load_config
 from dspark_serve.engine.scheduler import Scheduler
+from dspark_serve.reports import EngineInfo
 from dspark_serve.server.app import create_app
 from dspark_serve.server.service import Service
 from dspark_serve.text import Tokenizer
-from dspark_serve.types import EngineInfo, RowResult, TokenLogprobs
+from dspark_serve.types import RowResult, TokenLogprobs
 
 ANSWER = "Hello, wörld! This is a scripted answer. "
 

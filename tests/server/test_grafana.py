@@ -1,16 +1,14 @@
 """The dashboard against a real Prometheus, and the compose file as far as it can be checked without Docker."""
 
 import itertools
-import json
 import math
 import re
 
 import pytest
 import yaml
-from watched import CONFIGS
 
-DASHBOARD = json.loads((CONFIGS / "grafana" / "dashboards" / "dspark.json").read_text())
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+from tests.dashboard import CONFIGS, DASHBOARD, PANELS, filled
+
 PROVISIONING = CONFIGS / "grafana" / "provisioning"
 COMPOSE = yaml.safe_load((CONFIGS / "compose.yaml").read_text())
 DOCKERFILE = (CONFIGS.parent / "Dockerfile").read_text()
@@ -18,14 +16,6 @@ DOCKERFILE = (CONFIGS.parent / "Dockerfile").read_text()
 
 def provisioned(path):
     return yaml.safe_load((PROVISIONING / path).read_text())
-
-
-def filled(expression):
-    """The expression as Grafana sends it with `All` chosen everywhere."""
-    for variable, value in (("$instance", ".*"), ("$model", ".*"), ("$__rate_interval", "5m")):
-        expression = expression.replace(variable, value)
-    assert "$" not in expression
-    return expression
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])

@@ -10,8 +10,9 @@ from fakes import FakeEngine, settled
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dspark_serve.reports import RowReport, StepReport, TokenDelta
 from dspark_serve.server.metrics import Metrics, Tally
-from dspark_serve.types import BudgetReport, RowReport, StepReport, TokenDelta
+from dspark_serve.types import BudgetReport
 
 LABELS = {"model_name": "fake"}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.speculation.test_policies import Server, budget, cheap, cost, dear, drafting
+from tests.speculation.virtual_server import Server, budget, cheap, cost, dear, drafting
 
 
 def looking(found: float, step_ms: Callable[[int], float] = cheap, **options: object) -> Server:

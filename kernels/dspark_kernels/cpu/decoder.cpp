@@ -18,6 +18,7 @@ struct Decoder {
     const Layer* layers;
     const Attention* attention;  // what is the same in every layer
     const int64_t* tap_column;   // [count] where a layer's output goes in a row of taps, or -1
+    const float* norm;           // [width] RMSNorm weight that the last layer's output gets, or null
     float *hidden;               // [rows, width], in and out
     float *taps;                 // [rows, tap_stride]
     float *normed, *qkv, *attended, *middle, *between;  // scratch of the products' shapes
@@ -57,5 +58,13 @@ extern "C" void dspark_decoder(const Decoder* decoder) {
     const Decoder& d = *decoder;
     std::vector<int64_t> starts = chunk_starts(*d.attention);
 #pragma omp parallel num_threads(d.attention->threads)
-    for (int64_t i = 0; i < d.count; i++) run_layer(d, d.layers[i], d.tap_column[i], starts);
+    {
+        for (int64_t i = 0; i < d.count; i++) run_layer(d, d.layers[i], d.tap_column[i], starts);
+        if (d.norm) {
+#pragma omp for
+            for (int64_t row = 0; row < d.rows; row++) {
+                rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
+            }
+        }
+    }
 }

@@ -5,7 +5,7 @@ using namespace dspark;
 
 namespace {
 
-struct Source {  // mirrored by native.py
+struct Source {  // mirrored by packed.py
     const void* values;    // [outputs, inputs]: floats, bfloat16, float16, signed bytes, or two 4-bit codes per byte, low half first
     const void* scales;    // [outputs, inputs / group], of codes: floats or float16
     const void* minima;    // likewise

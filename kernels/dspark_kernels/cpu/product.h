@@ -21,7 +21,7 @@ struct Product {  // mirrored by native.py
     float eps;
 };
 
-struct Packed {  // a weight and its bias; mirrored by native.py
+struct Packed {  // a weight and its bias; mirrored by packed.py
     const char* panels;
     const float* bias;
     int64_t storage, group, outputs, inputs;  // outputs: with gates, half the weight's

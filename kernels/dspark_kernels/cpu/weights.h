@@ -12,7 +12,7 @@
 
 namespace dspark {
 
-enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8, HALF_CODES4, HALF_CODES8 };  // mirrored by native.py
+enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8, HALF_CODES4, HALF_CODES8 };  // mirrored by packed.py
 
 constexpr int64_t LINE = 64;     // bytes the memory hands over at once
 constexpr int64_t AHEAD = 2048;  // bytes that prefetching runs ahead of a panel's stream

@@ -12,7 +12,7 @@ from fence import fenced
 from torch import Tensor
 
 from dspark_kernels import noise as specification
-from dspark_kernels.triton import accept
+from dspark_kernels.triton import accept, rejection
 from dspark_kernels.triton.noise import PART
 from dspark_serve.sampling import argmax, draw_logits, target_support
 from dspark_serve.speculation import triton_verify
@@ -33,9 +33,9 @@ def spans(batch: StepBatch) -> tuple[Tensor, Tensor]:
 
 
 def kernel(
-    logits: Tensor, batch: StepBatch, mode: str, draft: accept.DraftLogits | None = None
+    logits: Tensor, batch: StepBatch, mode: str, draft: rejection.DraftLogits | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The kernels on a StepBatch; filters become thresholds, as they are to be on a GPU."""
+    """The kernels on a StepBatch; filters become thresholds, here read off the kept tokens."""
     sampling = batch.sampling
     threshold = None
     if sampling.any_filter:
@@ -46,7 +46,7 @@ def kernel(
     shared += [fenced(x) for x in (sampling.temperature, sampling.seed, sampling.position)]
     if mode == "coupled":
         return accept.accept_coupled(*shared, threshold=threshold)
-    return accept.accept_rejection(*shared, draft, threshold=threshold)
+    return rejection.accept_rejection(*shared, draft, threshold=threshold)
 
 
 def ragged(vocab: int, dtype: torch.dtype = torch.float32, **options: object) -> tuple[Tensor, StepBatch]:
@@ -82,7 +82,7 @@ def test_coupled_rows_are_the_servers(vocab: int, dtype: torch.dtype) -> None:
     assert int(got[0].max()) > 0
 
 
-def draft_logits_for(batch: StepBatch, vocab: int, seed: int) -> tuple[StepBatch, accept.DraftLogits, Tensor]:
+def draft_logits_for(batch: StepBatch, vocab: int, seed: int) -> tuple[StepBatch, rejection.DraftLogits, Tensor]:
     """Draft distributions near the target's, with drafts drawn from them: the batch with dense probabilities."""
     rows, width = batch.drafts.shape
     first, count = spans(batch)
@@ -103,7 +103,7 @@ def draft_logits_for(batch: StepBatch, vocab: int, seed: int) -> tuple[StepBatch
         specification.DRAFT,
     ).view(rows, width)
     drafts = torch.where(batch.drafts >= 0, flat, -1)
-    return replace(batch, drafts=drafts, draft_probs=probs), accept.DraftLogits(logits, scaled.logsumexp(-1)), target
+    return replace(batch, drafts=drafts, draft_probs=probs), rejection.DraftLogits(logits, scaled.logsumexp(-1)), target
 
 
 @pytest.mark.parametrize("vocab", [7, 4099, PART + 3])
@@ -112,7 +112,7 @@ def test_rejection_rows_are_the_servers(vocab: int) -> None:
     for seed in range(2):
         batch = step_batch([[0] * n for n in LENS], TEMPERATURES, first_seed=10 * seed)
         batch, draft, target = draft_logits_for(batch, vocab, seed)
-        fences = accept.DraftLogits(fenced(draft.logits), fenced(draft.log_mass))
+        fences = rejection.DraftLogits(fenced(draft.logits), fenced(draft.log_mass))
         got = kernel(target, batch, "rejection", fences)
         same(got, target, batch, "rejection")
         accepted |= set((got[0] - torch.tensor(LENS)).tolist())
@@ -144,7 +144,7 @@ def test_rows_that_do_not_sample_and_rows_alone(mode: str) -> None:
         sampling = batch.sampling
         mine = [x[some] for x in (sampling.temperature, sampling.seed, sampling.position)]
         arguments = [logits[some], batch.drafts[row : row + 1], first[:1] * 0, count[row : row + 1], *mine]
-        alone = accept.accept_coupled(*arguments) if mode == "coupled" else accept.accept_rejection(*arguments, None)
+        alone = accept.accept_coupled(*arguments) if mode == "coupled" else rejection.accept_rejection(*arguments, None)
         assert alone[0].tolist() == [accepted[row]]
         assert alone[1].tolist() == [tokens[row].tolist()]
 
@@ -161,16 +161,16 @@ def entries(batch: StepBatch, vocab: int) -> dict[str, object]:
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
 @pytest.mark.parametrize(
     ("what", "launches"),
-    [("plain", True), ("adjusted", True), ("logits", True), ("filters", False), ("probs", False), ("nothing", False)],
+    [("plain", True), ("adjusted", True), ("logits", True), ("filters", True), ("probs", False), ("nothing", False)],
 )
 def test_the_servers_rule_by_kernels_where_they_have_it(
     what: str, launches: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """triton_verify decides as verify does, whichever of the two really decides."""
     vocab, launched = 4099, []
-    for name in ("accept_coupled", "accept_rejection"):
-        intact = getattr(accept, name)
-        monkeypatch.setattr(accept, name, lambda *a, i=intact, n=name, **o: launched.append(n) or i(*a, **o))
+    for module, name in ((accept, "accept_coupled"), (rejection, "accept_rejection")):
+        intact = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, i=intact, n=name, **o: launched.append(n) or i(*a, **o))
     if what in ("logits", "probs"):
         batch = step_batch([[0] * n for n in LENS], TEMPERATURES)
         batch, draft, logits = draft_logits_for(batch, vocab, seed=0)
@@ -204,7 +204,7 @@ def test_equal_distributions_leave_the_targets_own_draw() -> None:
     """Drafts from the target itself are accepted but for rounding; nothing is ever drawn from an empty residual."""
     logits = some_logits(2, 40)
     log_mass = logits[:1].logsumexp(-1)[None] - 1.0  # as if rounding had made the draft e times as likely
-    draft = accept.DraftLogits(logits[None, :1], log_mass)
+    draft = rejection.DraftLogits(logits[None, :1], log_mass)
     batch = step_batch([[int(argmax(logits[:1]))]], [1.0])
     batch = replace(batch, sampling=replace(batch.sampling, seed=torch.tensor([3, 3])))
     refused = 0
@@ -227,12 +227,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous int64 of 6 rows"):
         accept.accept_coupled(logits, batch.drafts, first[:5], count, *sampling)
     with pytest.raises(ValueError, match="temperature must be"):
-        accept.accept_rejection(logits[1:], batch.drafts, first, count, *sampling, None)
-    short = accept.DraftLogits(torch.zeros(6, 2, 64), torch.zeros(6, 2))
+        rejection.accept_rejection(logits[1:], batch.drafts, first, count, *sampling, None)
+    short = rejection.DraftLogits(torch.zeros(6, 2, 64), torch.zeros(6, 2))
     with pytest.raises(ValueError, match="do not fit 6 rows of 7 drafts"):
-        accept.accept_rejection(logits, batch.drafts, first, count, *sampling, short)
-    bad = accept.DraftLogits(torch.zeros(6, 7, 64), torch.zeros(6, 6))
+        rejection.accept_rejection(logits, batch.drafts, first, count, *sampling, short)
+    bad = rejection.DraftLogits(torch.zeros(6, 7, 64), torch.zeros(6, 6))
     with pytest.raises(ValueError, match="log_mass must be"):
-        accept.accept_rejection(logits, batch.drafts, first, count, *sampling, bad)
+        rejection.accept_rejection(logits, batch.drafts, first, count, *sampling, bad)
     none = accept.accept_coupled(logits[:0], batch.drafts, first * 0, count * 0, *(x[:0] for x in sampling))
     assert none[0].tolist() == [0] * 6

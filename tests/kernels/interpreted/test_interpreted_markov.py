@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from dspark_kernels import noise as specification
-from dspark_kernels.triton import accept, markov, tiles
+from dspark_kernels.triton import markov, rejection, tiles
 from dspark_serve.sampling import Support, draw, draw_logits
 from dspark_serve.speculation.verify import verify
 
@@ -162,7 +162,7 @@ def test_a_block_is_verified_by_the_rejection_rule_it_was_drawn_for() -> None:
     target = torch.cat([torch.cat([row, some_logits(1, vocab)]) for row in biased])
     target += some_logits(len(target), vocab, seed=5, spread=0.5)
     batch = step_batch(drawn.tokens.tolist(), temperatures, draft_probs=probs)
-    got = kernel(target, batch, "rejection", accept.DraftLogits(given["base"], drawn.log_mass))
+    got = kernel(target, batch, "rejection", rejection.DraftLogits(given["base"], drawn.log_mass))
     want = verify(target, replace(batch), "rejection")
     assert got[0].tolist() == want.n_accepted.tolist()
     assert got[1].tolist() == want.tokens.tolist()

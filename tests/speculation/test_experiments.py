@@ -1,0 +1,198 @@
+"""What experiments may cost, and that they are made: long runs in which no draft earns its time, so that whatever goes
+beyond plain decoding is an experiment. Shares of the time are the budget's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dspark_serve.speculation.admission import _HOLD, Allowance
+from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.policies import AutoBudget
+from dspark_serve.types import Plan, Request, Row, SamplingParams, SpeculationParams
+from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Server, budget, cheap, cost, dear, drafting, served
+
+ROWS, STEPS = 8, 4000
+
+
+def allowances(made: AutoBudget) -> list[Allowance]:
+    """Of probes, glances and whole blocks: all that there are."""
+    held = [*vars(made).values(), *(vars(made._admission).values() if made._admission is not None else ())]
+    return [value for value in held if isinstance(value, Allowance)]
+
+
+def settled(made: AutoBudget, step_ms: Callable[[int], float], rows: int = ROWS) -> Server:
+    """Nothing is worth drafting, finding or verifying here, and the budget has found that out."""
+    server = Server(made, step_ms, drafting, [0.02] * rows, noise=0.0, found=0.0)
+    server.run(200)
+    server.drafted.clear()
+    server.looked_up.clear()
+    server.kept.clear()
+    return server
+
+
+def ngram_only() -> AutoBudget:
+    return AutoBudget(cost(dear, None), Calibrator("coupled", WIDTH), drafter="ngram", costly=None)
+
+
+def test_all_shares_together_are_one_percent_at_most() -> None:
+    assert sum(each.share for each in allowances(budget(cost(cheap, drafting), lookup=True))) <= 0.01
+
+
+@pytest.mark.parametrize("step_ms", [cheap, dear])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_experiments_take_no_more_than_their_shares(step_ms: Callable[[int], float], lookup: bool) -> None:
+    made = budget(cost(step_ms, drafting), lookup=lookup)
+    server = settled(made, step_ms)
+    saved_ms = sum(each.saved_ms for each in allowances(made))
+    began_ms = server.now_ms
+    server.run(STEPS)
+    took_ms = server.now_ms - began_ms
+    # Besides the step, the server takes a hundredth of a millisecond to find that nobody drafts.
+    passes = sum(1 for count in server.drafted if count)
+    spent_ms = took_ms - STEPS * step_ms(ROWS) - (STEPS - passes) * 0.01
+    most_ms = saved_ms + sum(each.share for each in allowances(made)) * took_ms
+    assert made._admission is not None
+    assert 0.8 * made._admission._probes.share * took_ms < spent_ms < 1.01 * most_ms  # and probes are made
+    assert (sum(server.looked_up) > 0) is lookup
+
+
+def test_whole_blocks_take_no_more_than_their_share_where_drafts_cost_nothing() -> None:
+    made = ngram_only()
+    server = Server(made, dear, lambda rows: 0.0, [0.02] * ROWS, noise=0.0)
+    server.run(200)
+    server.kept.clear()
+    saved_ms, began_ms = made._full.saved_ms, server.now_ms
+    server.run(STEPS)
+    took_ms = server.now_ms - began_ms
+    spent_ms = took_ms - STEPS * dear(ROWS)
+    assert 0.5 < spent_ms / (saved_ms + made._full.share * took_ms) < 1.01
+    steps = [index for index, kept in enumerate(server.kept) if sum(kept)]
+    longest = max(b - a for a, b in pairwise([0, *steps, STEPS]))
+    # Saved up for in so many steps; the row whose turn it is must be one that is not verified whole already.
+    assert longest <= WIDTH * 20.0 / (made._full.share * dear(ROWS)) + 2
+    whole = {index % ROWS for index in steps}
+    assert whole != {steps[0] % ROWS}  # not always the same row
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("step_ms", [cheap, dear])
+def test_a_row_is_probed_as_soon_as_that_is_saved_up(step_ms: Callable[[int], float], rows: int) -> None:
+    """However hopeless: a probe's price is a pass for one row, and its block in the step."""
+    made = budget(cost(step_ms, drafting))
+    server = settled(made, step_ms, rows)
+    assert made._admission is not None
+    server.run(STEPS)
+    probed = [index for index, count in enumerate(server.drafted) if count]
+    price_ms = drafting(1) + step_ms(rows + WIDTH) - step_ms(rows)
+    between = price_ms / (made._admission._probes.share * step_ms(rows))  # steps
+    assert (
+        max(b - a for a, b in pairwise([0, *probed, STEPS])) <= 1.1 * between + _HOLD
+    )  # in which what was decided stays
+    assert max(server.drafted) == 1  # one at a time
+
+
+def test_all_rows_are_probed_by_turns() -> None:
+    made = budget(cost(cheap, drafting))
+    server = settled(made, cheap)
+    names, admit = [], made.admit
+
+    def watched(plan):
+        found = admit(plan)
+        names.extend(row.request.request_id for row in found.drafting)
+        return found
+
+    made.admit = watched  # type: ignore[method-assign]
+    server.run(STEPS)
+    assert len(names) > 3 * ROWS
+    assert all(len(set(names[at : at + ROWS])) == ROWS for at in range(len(names) - ROWS))
+
+
+def test_glances_are_made_as_soon_as_they_are_saved_up() -> None:
+    made = budget(cost(cheap, drafting), lookup=True)
+    server = settled(made, cheap)
+    assert made._admission is not None
+    server.run(STEPS)
+    glances = [index for index, count in enumerate(server.looked_up) if count]
+    between = (LOOKING_MS + 0.01 / ROWS) * ROWS / (made._admission._glances.share * cheap(ROWS))
+    assert max(b - a for a, b in pairwise([0, *glances, STEPS])) <= 1.1 * between + _HOLD
+
+
+def test_what_is_not_spent_is_not_hoarded() -> None:
+    """An hour without an experiment does not buy an hour of them."""
+    allowance = Allowance(0.01)
+    allowance.earn(3.6e6)
+    assert [allowance.spend(50.0) for _ in range(3)] == [True, True, False]
+    allowance.earn(4999.0)
+    assert not allowance.spend(50.0)
+    allowance.earn(2.0)
+    assert allowance.spend(50.0)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_probes_are_of_the_most_that_a_request_may_draft(limit: int | None) -> None:
+    """Of a row about to end a probe would be cheaper, and say nothing of whole blocks."""
+    server = served(dear, [0.02] * 3, limit=limit, ending=frozenset({"r0"}))
+    speculation = SpeculationParams(max_draft_tokens=limit)
+    server.requests = [replace(request, speculation=speculation) for request in server.requests]
+    server.run(100)
+    assert server.budget._admission is not None
+    before = server.budget._admission._drafted.last_steps(("r0", "r1", "r2"))
+    server.run(3000)
+    after = server.budget._admission._drafted.last_steps(("r0", "r1", "r2"))
+    assert (after > before).tolist() == [False, True, True]
+
+
+def test_probes_are_cheaper_the_nearer_drafting_comes_to_paying() -> None:
+    """A block takes 92 ms, and saves 69 of them where nine drafts in ten are right."""
+    probes = []
+    for rate in (0.02, 0.9):
+        server = served(dear, [rate] * 4, noise=0.0)
+        server.run(2200)
+        probes.append(sum(count > 0 for count in server.drafted[200:]))
+    assert probes[1] > 2 * probes[0] > 0
+
+
+@pytest.mark.parametrize(("rows", "ended", "asks"), [(16, 3, 0), (16, 5, 1), (3, 1, 1)])
+def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, asks: int) -> None:
+    server = served(dear, [0.02] * rows, found=0.0)
+    server.run(300)
+    admission = server.budget._admission
+    assert admission is not None
+    while server.drafted[-1] or admission._held is None or admission._held.until - server.budget._steps < 12:
+        server.step()  # up to a decision of a step or two ago, that nobody drafts
+    asked: list[int] = []
+    expected = admission._drafted.expected
+    admission._drafted.expected = lambda *args: asked.append(1) or expected(*args)  # type: ignore
+    for place in range(ended):
+        server.budget.release(f"r{place}")
+        server.requests[place] = Request(f"r{place}", (1,), SamplingParams(), seed=99)
+    server.step()
+    assert len(asked) == asks
+    if not asks:
+        assert server.drafted[-1] == 0
+        assert len(server.budget.admit(Plan((Row(server.requests[0], 99, 1, True, WIDTH),))).drafting) <= 1
+        assert len(asked) == 1  # one row is not like sixteen
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_what_the_drafts_of_a_glance_lose_is_paid_from_the_glances(right: bool) -> None:
+    server = settled(made := budget(cost(cheap, drafting), lookup=True), cheap)
+    admission = made._admission
+    assert admission is not None
+    admission._held, admission._probes.saved_ms, admission._glances.saved_ms = None, -1e9, 1e3
+    server.found = 0.99
+    outcome = np.zeros if right else np.ones  # below the stated probability, or not
+    server.draw = SimpleNamespace(random=outcome, normal=lambda mean, spread, shape=(): np.zeros(shape))  # type: ignore[assignment]
+    server.step()
+    kept = sum(server.kept[-1])
+    assert server.looked_up[-1] == ROWS
+    assert kept >= ROWS
+    paid_ms = cheap(ROWS + kept) - cheap(ROWS)
+    left_ms = admission._glances.saved_ms
+    assert left_ms > 0 if right else left_ms == pytest.approx(-paid_ms, rel=0.1)
