@@ -20,7 +20,7 @@ from dspark_serve.transfers import to_device
 
 # Row invariance (float32 on CPU) rests on four habits, each found by measurement of MKL's matrix products:
 KEY_MULTIPLE = 32  # keys are padded to this with -inf: softmax and QK^T then never see a vector remainder
-KEY_BLOCK = 256  # P@V goes in blocks of this many keys, added in order: MKL splits longer sums unevenly
+KEY_BLOCK = 128  # P@V goes in blocks of so many keys, added in order: MKL splits longer sums unevenly (on AMD from 224)
 MIN_GEMM_ROWS = 8  # fewer query rows per product select other kernels; wide heads need head_dim / 16 rows
 
 _MAX_SCORES = 2 << 20  # scores held at once: long chunks are attended in pieces

@@ -30,6 +30,7 @@ from dspark_serve.models.layers import (
     RMSNorm,
     Rotary,
     Weight,
+    normed,
     operations,
 )
 from dspark_serve.tensors import StepBatch, TargetOutput
@@ -167,7 +168,8 @@ class DenseModel:
     ) -> None:
         self.config = config
         self._layers = tuple(layers)
-        self._embed, self._norm, self._head, self._kernels = embed, norm, head, ops.attention
+        self._embed, self._head, self._kernels = embed, head, ops.attention
+        self._normed_head = normed(head, norm)
         self._stack = None if ops.library is None else _stack(ops.library, config, self._layers)
         self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, embed.dtype, embed.device)
         self._info = ModelInfo(
@@ -258,7 +260,7 @@ class DenseModel:
             wanted = torch.cat([wanted, batch.score_index])
         if not wanted.shape[0]:
             return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self.lm_head(self._norm(hidden.index_select(0, wanted)))
+        return self._normed_head(hidden.index_select(0, wanted)).float()
 
     def _run_stack(
         self, stack: DecoderStack, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]

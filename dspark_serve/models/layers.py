@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -135,6 +135,13 @@ class NativeLinear:
         if self.packed.inputs % self.kernels.lanes:
             return self.kernels.product(self.norm(x), self.packed)
         return self.kernels.product(x, self.packed, self.norm.weight, self.norm.eps)
+
+
+def normed(linear: Linear, norm: RMSNorm) -> Linear:
+    """x -> linear(norm(x)), with the weights of `linear`, which has no norm of its own."""
+    if isinstance(linear, NativeLinear):
+        return replace(linear, norm=norm)
+    return lambda x: linear(norm(x))
 
 
 @dataclass(frozen=True)

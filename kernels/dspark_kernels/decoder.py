@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,6 +60,7 @@ class DecoderStack:
         self._kernels, self._weights = kernels, tuple(layers)
         self._heads, self._kv_heads, self._head_dim, self._eps = heads, kv_heads, head_dim, eps
         self._layers = (_Layer * len(layers))(*(_Layer(*_fields(layer), window=layer.window or 0) for layer in layers))
+        self._store: list[Tensor] = []  # whose keys and values those layers have
 
     @staticmethod
     def fits(kernels: Kernels, layers: Sequence[LayerWeights], head_dim: int) -> bool:
@@ -81,11 +84,10 @@ class DecoderStack:
     ) -> Tensor | None:
         """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
         tokens, width = hidden.shape
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
+        self._at(keys, values)
         first = self._weights[0]
         sizes = (width, first.qkv.outputs, self._heads * self._head_dim, width, first.gate_up.outputs)
-        scratch = torch.split(hidden.new_empty(tokens * sum(sizes)), [tokens * size for size in sizes])
+        scratch = hidden.new_empty(tokens * sum(sizes))
         tapped = hidden.new_empty(tokens, len(taps) * width) if taps else None
         columns = [-1] * len(self._layers)
         for index, tap in enumerate(taps):
@@ -99,7 +101,7 @@ class DecoderStack:
             pointer(norm),
             hidden.data_ptr(),
             pointer(tapped),
-            *(part.data_ptr() for part in scratch),
+            *(scratch.data_ptr() + 4 * tokens * before for before in accumulate(sizes[:-1], initial=0)),
             len(self._layers),
             tokens,
             width,
@@ -107,8 +109,19 @@ class DecoderStack:
             self._eps,
         )
         self._kernels.library.dspark_decoder(ctypes.byref(decoder))
-        del column  # had to live until here
+        del column, scratch  # had to live until here
         return tapped
+
+    def _at(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Where the layers' keys and values are: mostly where they were in the step before."""
+        if len(keys) != len(self._layers) or len(values) != len(self._layers):
+            raise ValueError(f"{len(self._layers)} layers with keys for {len(keys)} and values for {len(values)}")
+        store = [*keys, *values]
+        if len(store) == len(self._store) and all(map(operator.is_, store, self._store)):
+            return
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
+        self._store = store
 
     def _attention(
         self, page_size: int, tokens: int, slots: Tensor, pages: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]

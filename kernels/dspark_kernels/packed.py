@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dspark_kernels import huge_pages
 from dspark_kernels.blocks import BlockWeight
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class PackedWeight:
         self.gated, self.storage, self.group = gated, source.storage, source.group
         self._lanes = kernels.lanes
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self.panels = torch.empty(kernels.library.dspark_packed_size(ctypes.byref(source)), dtype=torch.uint8)
+        self.panels = huge_pages.empty(kernels.library.dspark_packed_size(ctypes.byref(source)))
         self.panels_at, self.bias_at = self.panels.data_ptr(), pointer(self.bias)
         kernels.library.dspark_pack(ctypes.byref(source), self.panels_at)
         del kept

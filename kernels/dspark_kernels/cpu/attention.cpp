@@ -294,24 +294,21 @@ std::vector<int64_t> dspark::chunk_starts(const Attention& a) {
     return starts;
 }
 
-void dspark::run_prepare(const Attention& a) {
-#pragma omp for
-    for (int64_t token = 0; token < a.tokens; token++) prepare(a, token);
+void dspark::run_prepare(Member& member, const Attention& a) {
+    member.share(a.tokens, [&](int64_t token) { prepare(a, token); });
 }
 
-void dspark::run_attention(const Attention& a, const std::vector<int64_t>& starts) {
-    run_prepare(a);
-#pragma omp for schedule(dynamic)
-    for (int64_t index = 0; index < starts[a.rows] * a.kv_heads; index++) {
+void dspark::run_attention(Member& member, const Attention& a, const std::vector<int64_t>& starts) {
+    run_prepare(member, a);
+    member.share(starts[a.rows] * a.kv_heads, [&](int64_t index) {
         int64_t chunk = index / a.kv_heads, kv_head = index % a.kv_heads;
         int64_t row = std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin() - 1;
         int64_t begin = (chunk - starts[row]) * CHUNK, end = std::min(begin + CHUNK, a.queries[row]);
         Task(a, row, kv_head, begin, end).run();
-    }
+    });
 }
 
 extern "C" void dspark_attention(const Attention* attention) {
     std::vector<int64_t> starts = chunk_starts(*attention);
-#pragma omp parallel num_threads(attention->threads)
-    run_attention(*attention, starts);
+    parallel(attention->threads, [&](Member& member) { run_attention(member, *attention, starts); });
 }

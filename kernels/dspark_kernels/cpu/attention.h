@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd.h"
+#include "team.h"
 
 #include <vector>
 
@@ -39,9 +40,9 @@ std::vector<int64_t> chunk_starts(const Attention& a);
 
 // Norms and turns queries and keys, and writes keys and values to their slots. By all threads of a parallel region;
 // ends with a barrier.
-void run_prepare(const Attention& a);
+void run_prepare(Member& member, const Attention& a);
 
 // The same, and attention.
-void run_attention(const Attention& a, const std::vector<int64_t>& starts);
+void run_attention(Member& member, const Attention& a, const std::vector<int64_t>& starts);
 
 }  // namespace dspark

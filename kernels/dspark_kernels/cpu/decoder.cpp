@@ -26,7 +26,7 @@ struct Decoder {
     float eps;
 };
 
-void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vector<int64_t>& starts) {
+void run_layer(Member& member, const Decoder& d, const Layer& layer, int64_t tap, const std::vector<int64_t>& starts) {
     Attention a = *d.attention;
     a.q = d.qkv;
     a.k = d.qkv + a.heads * a.head_dim;
@@ -38,18 +38,17 @@ void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vec
     a.values = layer.values;
     a.out = d.attended;
     a.window = layer.window;
-    run_product(normed(product(layer.qkv, d.rows, d.hidden, d.qkv), layer.attention_norm, d.eps, d.normed));
-    run_attention(a, starts);
-    run_product(product(layer.out, d.rows, d.attended, d.middle, d.hidden));
+    run_product(member, normed(product(layer.qkv, d.rows, d.hidden, d.qkv), layer.attention_norm, d.eps, d.normed));
+    run_attention(member, a, starts);
+    run_product(member, product(layer.out, d.rows, d.attended, d.middle, d.hidden));
     Product gates = normed(product(layer.gate_up, d.rows, d.middle, d.between), layer.mlp_norm, d.eps, d.normed);
     gates.epilogue = SWIGLU;
-    run_product(gates);
-    run_product(product(layer.down, d.rows, d.between, d.hidden, d.middle));
+    run_product(member, gates);
+    run_product(member, product(layer.down, d.rows, d.between, d.hidden, d.middle));
     if (tap < 0) return;
-#pragma omp for
-    for (int64_t row = 0; row < d.rows; row++) {
+    member.share(d.rows, [&](int64_t row) {
         std::memcpy(d.taps + row * d.tap_stride + tap, d.hidden + row * d.width, d.width * sizeof(float));
-    }
+    });
 }
 
 }  // namespace
@@ -57,14 +56,11 @@ void run_layer(const Decoder& d, const Layer& layer, int64_t tap, const std::vec
 extern "C" void dspark_decoder(const Decoder* decoder) {
     const Decoder& d = *decoder;
     std::vector<int64_t> starts = chunk_starts(*d.attention);
-#pragma omp parallel num_threads(d.attention->threads)
-    {
-        for (int64_t i = 0; i < d.count; i++) run_layer(d, d.layers[i], d.tap_column[i], starts);
-        if (d.norm) {
-#pragma omp for
-            for (int64_t row = 0; row < d.rows; row++) {
-                rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
-            }
-        }
-    }
+    parallel(d.attention->threads, [&](Member& member) {
+        for (int64_t i = 0; i < d.count; i++) run_layer(member, d, d.layers[i], d.tap_column[i], starts);
+        if (!d.norm) return;
+        member.share(d.rows, [&](int64_t row) {
+            rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
+        });
+    });
 }

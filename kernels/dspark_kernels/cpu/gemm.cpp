@@ -13,8 +13,8 @@ using namespace dspark;
 
 namespace {
 
-constexpr int64_t CHUNK = 1 << 16;  // bytes of weights a thread takes at a time
 constexpr int64_t DECODING_TILES = 6;
+constexpr int64_t NORMS_ALONE = 8;
 
 // silu(gate) * up
 inline Vec gated(Vec gate, Vec up) {
@@ -139,38 +139,49 @@ void decoded(const Work& w) {
 // One row has too few sums for the arithmetic to keep up with the memory: each waits for its last addition. So a few rows
 // take two panels at a time.
 template <class Weights>
-void all_panels(const Product& p, const float* x, int64_t stride, int64_t panels) {
+void all_panels(Member& member, const Product& p, const float* x, int64_t stride, int64_t panels) {
     constexpr int PAIRED = Weights::PAIRS ? tile_rows<Weights>(2) : 0;
     int64_t bytes = panel_bytes(p.storage, p.inputs, p.group), step = p.rows <= PAIRED ? 2 : 1;
     // Neighbouring panels go to one thread: what it has prefetched beyond the end of one is the start of the next.
-    int64_t share = std::clamp(CHUNK / bytes, step, panels / 8 + step) / step;
-#pragma omp for schedule(dynamic, share)
-    for (int64_t panel = 0; panel < panels; panel += step) {
+    member.share((panels + step - 1) / step, [&](int64_t part) {
+        int64_t panel = part * step;
         Work work{p, x, stride, panel, p.packed + panel * bytes, bytes};
         if constexpr (PAIRED > 0) {
             if (step == 2 && panel + 1 < panels) {
-                choose<Weights, 2>(work, 0, p.rows, std::make_integer_sequence<int, PAIRED>{});
-                continue;
+                return choose<Weights, 2>(work, 0, p.rows, std::make_integer_sequence<int, PAIRED>{});
             }
         }
         decoded<Weights>(work);
+    });
+}
+
+// Normed rows of x. Of few rows every thread makes all for itself, sooner than it could wait for the others.
+const float* normed_rows(Member& member, const Product& p) {
+    bool alone = p.rows <= NORMS_ALONE;
+    thread_local std::vector<float> mine;
+    if (alone) mine.resize(p.rows * p.inputs);
+    float* out = alone ? mine.data() : p.scratch;
+    auto norm = [&](int64_t row) { rms_norm(p.x + row * p.x_stride, p.norm, out + row * p.inputs, p.inputs, p.eps); };
+    if (alone) {
+        for (int64_t row = 0; row < p.rows; row++) norm(row);
+    } else {
+        member.share(p.rows, norm);
     }
+    return out;
 }
 
 }  // namespace
 
-void dspark::run_product(const Product& p) {
+void dspark::run_product(Member& member, const Product& p) {
     int64_t per_panel = p.epilogue == SWIGLU ? LANES : PANEL;
     int64_t panels = (p.outputs + per_panel - 1) / per_panel;
-    const float* x = p.norm ? p.scratch : p.x;
-    int64_t stride = p.norm ? p.inputs : p.x_stride;
+    const float* x = p.x;
+    int64_t stride = p.x_stride;
     if (p.norm) {
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < p.rows; row++) {
-            rms_norm(p.x + row * p.x_stride, p.norm, p.scratch + row * p.inputs, p.inputs, p.eps);
-        }
+        stride = p.inputs;
+        x = normed_rows(member, p);
     }
-    with_reader(p.storage, [&](auto reader) { all_panels<decltype(reader)>(p, x, stride, panels); });
+    with_reader(p.storage, [&](auto reader) { all_panels<decltype(reader)>(member, p, x, stride, panels); });
 }
 
 extern "C" {
@@ -180,8 +191,9 @@ int64_t dspark_lanes() { return LANES; }
 
 // Products that follow each other, each waiting for the one before.
 void dspark_products(const Product* products, int64_t count, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    for (int64_t i = 0; i < count; i++) run_product(products[i]);
+    parallel(threads, [&](Member& member) {
+        for (int64_t i = 0; i < count; i++) run_product(member, products[i]);
+    });
 }
 
 }  // extern "C"

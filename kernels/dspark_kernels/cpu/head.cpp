@@ -24,12 +24,12 @@ struct Context {
     float eps;
 };
 
-void run_context(const Context& c) {
+void run_context(Member& member, const Context& c) {
     int64_t tokens = c.attention->tokens;
-    run_product(product(c.fc, tokens, c.taps, c.features));
+    run_product(member, product(c.fc, tokens, c.taps, c.features));
     for (int64_t i = 0; i < c.count; i++) {
         const ContextLayer& layer = c.layers[i];
-        run_product(normed(product(layer.kv, tokens, c.features, c.kv), c.norm, c.eps, c.normed));
+        run_product(member, normed(product(layer.kv, tokens, c.features, c.kv), c.norm, c.eps, c.normed));
         Attention a = *c.attention;
         a.k = c.kv;
         a.v = c.kv + a.kv_heads * a.head_dim;
@@ -37,7 +37,7 @@ void run_context(const Context& c) {
         a.k_norm = layer.k_norm;
         a.keys = layer.keys;
         a.values = layer.values;
-        run_prepare(a);
+        run_prepare(member, a);
     }
 }
 
@@ -77,25 +77,23 @@ float largest_probability(const float* x, int64_t count) {
     return 1.0f / total;
 }
 
-void run_block(const Block& b) {
+void run_block(Member& member, const Block& b) {
     int64_t rows = b.draw.rows, width = b.draw.width, rank = b.bias.inputs;
     for (int64_t slot = 0; slot < b.slots; slot++) {
         const int64_t* before = slot ? b.tokens + (slot - 1) * rows : b.anchors;
-#pragma omp for
-        for (int64_t row = 0; row < rows; row++) {
+        member.share(rows, [&](int64_t row) {
             float* e = b.embedded + row * rank;
             std::memcpy(e, b.embedding + before[row] * rank, rank * sizeof(float));
-            if (!b.confidence) continue;
+            if (!b.confidence) return;
             const float* h = b.hidden + (slot * rows + row) * b.hidden_size;
             float told = dot(h, b.confidence, b.hidden_size) + dot(e, b.confidence + b.hidden_size, rank);
             b.told[slot * rows + row] = told + b.confidence[b.hidden_size + rank];
-        }
-        run_product(product(b.bias, rows, b.embedded, b.logits, b.base + slot * rows * width));
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < rows; row++) {
+        });
+        run_product(member, product(b.bias, rows, b.embedded, b.logits, b.base + slot * rows * width));
+        member.share(rows, [&](int64_t row) {
             b.largest[slot * rows + row] = largest_probability(b.logits + row * width, width);
             b.tokens[slot * rows + row] = draw_row(b.draw, row, slot);
-        }
+        });
     }
 }
 
@@ -104,13 +102,11 @@ void run_block(const Block& b) {
 extern "C" {
 
 void dspark_context(const Context* context) {
-#pragma omp parallel num_threads(context->attention->threads)
-    run_context(*context);
+    parallel(context->attention->threads, [&](Member& member) { run_context(member, *context); });
 }
 
 void dspark_block(const Block* block) {
-#pragma omp parallel num_threads(block->draw.threads)
-    run_block(*block);
+    parallel(block->draw.threads, [&](Member& member) { run_block(member, *block); });
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 // One few-row product with what surrounds it.
 #pragma once
 
+#include "team.h"
 #include "weights.h"
 
 namespace dspark {
@@ -42,6 +43,6 @@ inline Product normed(Product p, const float* norm, float eps, float* scratch) {
 }
 
 // By all threads of a parallel region; ends with a barrier.
-void run_product(const Product& p);
+void run_product(Member& member, const Product& p);
 
 }  // namespace dspark
