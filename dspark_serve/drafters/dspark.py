@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 
+_AT_ONCE = 256  # tokens whose taps are put into the store together: it takes as long as it does for those of one
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
 _MOSTLY = 0.5  # share of rows that have drafted of late from which context is written at once: they will again
 _SHARE_GAIN = 0.125  # of that share, per step
@@ -166,6 +167,8 @@ class DSparkDrafter:
         self._head, self._store, self._first_layer = head, store, first_layer
         if head.keeps_taps:  # in a layer of the store, [slots, len(taps) * hidden]
             self._kept = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # slots and taps of steps, not in the store yet
+        self._num_seen = 0  # tokens of those
         self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
@@ -230,18 +233,28 @@ class DSparkDrafter:
                 fresh = taps[index], batch.positions[index], batch.slots[index]
             return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
         # Those of rejected drafts as well: what comes to their slots is written there before anything reads them.
-        slots, positions = batch.slots, batch.positions
-        self._kept.index_copy_(0, slots, taps if taps.dtype == self._kept.dtype else taps.to(self._kept.dtype))
-        self._owed[slots.numpy()] = True
+        self._seen.append((batch.slots, taps))
+        self._num_seen += len(batch.slots)
         self._share += _SHARE_GAIN * (self._drafting / len(batch.query_lens) - self._share)
         self._drafting = 0
-        if len(slots) >= _ENOUGH and self._share >= _MOSTLY:
-            self._write(slots.numpy(), positions.numpy())
+        if self._num_seen >= _AT_ONCE:
+            self._keep()
+        if len(batch.slots) >= _ENOUGH and self._share >= _MOSTLY:
+            self._keep()
+            self._write(batch.slots.numpy(), batch.positions.numpy())
+
+    def _keep(self) -> None:
+        """Puts into the store what was seen, in order: a slot has what came to it last."""
+        for slots, taps in self._seen:
+            self._kept.index_copy_(0, slots, taps if taps.dtype == self._kept.dtype else taps.to(self._kept.dtype))
+            self._owed[slots.numpy()] = True
+        self._seen, self._num_seen = [], 0
 
     def _write_owed(self, rows: Sequence[Row]) -> None:
         """Context of these rows, as far as it is not there."""
         if not self._head.keeps_taps:
             return
+        self._keep()
         self._drafting, size = len(rows), self._store.page_size
         slots, positions = [], []
         for row in rows:

@@ -60,6 +60,13 @@ class Load:
         keys_per_draft = context / max(count, 1)
         return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
 
+    def plain_ms(self, cost: CostModel) -> float:
+        """The first of `times`."""
+        plain_ms = cost.step_ms(self.tokens, self.rows, self.context, self.greedy)
+        if self.rows < self.tokens:
+            plain_ms = min(plain_ms, cost.step_ms(self.rows, self.rows, self.context, self.greedy))
+        return plain_ms
+
     def times(self, cost: CostModel, drafts: int) -> Floats:
         """What the step takes with 0, 1, ... drafts [drafts + 1], in milliseconds, as if every row held one token.
 
@@ -139,6 +146,13 @@ class _Held:
         return max(len(before - now), len(now - before), abs(rows - self.rows)) * _ALIKE > len(before)
 
 
+def _may_pay(gain: Floats, load: Load, plain_ms: float, least_ms: float) -> bool:
+    """Whether any rows might earn a draft, where whole blocks have `gain` [rows] drafts accepted: if those of all came
+    for nothing but the least time that drafting takes. Mostly they could not even then, and a dozen cold arrays need
+    not be read to see it."""
+    return float(gain.sum()) * plain_ms > ((1 + HURDLE) * (plain_ms + least_ms) - plain_ms) * load.rows
+
+
 class Admission:
     """Decides who drafts, and remembers what came of it.
 
@@ -163,29 +177,34 @@ class Admission:
         held = self._held
         if held is not None and not held.over(members, load.rows, step):
             return held.admitted if members is held.members else Admitted.nobody(len(rows))
-        limits = np.array([row.max_drafts for row in rows], dtype=np.int64)
-        times = load.times(self._cost, int(limits.sum()))
-        passes = self._cost.draft_curve(len(rows), context, load.greedy)
-        kept, gain, unknown = self._drafted.expected(members, limits)
-        costly = rows_worth_drafting(kept, gain, load.rows, passes, times, HURDLE)
-        if unknown is not None:
-            costly |= unknown
-        lookup = np.zeros_like(costly)
-        if self._lookup:
-            lookup = ~costly & self._worth_looking(members, limits, load, times)
-        admitted = Admitted(costly, lookup)
+        limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
+        least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
+        gain = self._drafted.whole(members, limits)
+        admitted = Admitted.nobody(len(rows))
+        if _may_pay(gain, load, plain_ms, least_ms):
+            passes = self._cost.draft_curve(len(rows), context, load.greedy)
+            admitted = Admitted(self._worth(self._drafted, passes, members, limits, load), admitted.lookup)
+        if self._lookup and _may_pay(self._found.whole(members, limits), load, plain_ms, self._lookup_ms):
+            looks = self._lookup_ms * np.arange(len(rows) + 1.0)
+            worth = self._worth(self._found, looks, members, limits, load)
+            admitted = Admitted(admitted.costly, ~admitted.costly & worth)
         self._held = _Held(members, load.rows, admitted, step + _HOLD)
-        return self._experiment(rows, members, load, times, gain[:, 0], admitted)
+        return self._experiment(rows, members, load, plain_ms, gain, admitted)
 
-    def _worth_looking(self, members: Members, limits: npt.NDArray[np.int64], load: Load, times: Floats) -> Bools:
-        """Rows whose lookups earn something where nobody drafts otherwise, and those nothing is known of [rows]."""
-        kept, gain, unknown = self._found.expected(members, limits)
-        looks = self._lookup_ms * np.arange(len(limits) + 1.0)
-        worth = rows_worth_drafting(kept, gain, load.rows, looks, times, HURDLE)
+    def _worth(
+        self, recent: Recent, draft_ms: Floats, members: Members, limits: npt.NDArray[np.int64], load: Load
+    ) -> Bools:
+        """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows].
+
+        draft_ms [rows + 1]: the time to draft for 0, 1, ... rows.
+        """
+        kept, gain, unknown = recent.expected(members, limits)
+        times = load.times(self._cost, int(limits.sum()))
+        worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
         return worth if unknown is None else worth | unknown
 
     def _experiment(
-        self, rows: Sequence[Row], members: Members, load: Load, times: Floats, gain: Floats, admitted: Admitted
+        self, rows: Sequence[Row], members: Members, load: Load, plain_ms: float, gain: Floats, admitted: Admitted
     ) -> Admitted:
         """Lets the row that has not drafted for longest draft all the same, and rows look up, once that is saved up.
 
@@ -203,13 +222,19 @@ class Admission:
         if last_steps[index] == np.inf:
             return Admitted(costly, lookup, glance=glance)
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
-        passes = self._cost.draft_curve(count, (rows[index].start + 1) * count, load.greedy)
-        probed, spent_ms = None, float(passes[-1] - passes[-2] + times[drafts] - times[0])
-        saved_ms = float(gain[index] * times[0] / load.rows)
+        probed, spent_ms = None, self._whole_block_ms(load, count, rows[index].start + 1, drafts)
+        saved_ms = float(gain[index]) * plain_ms / load.rows
         if self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
             costly, lookup, probed = costly.copy(), lookup.copy(), members.requests[index]
             costly[index], lookup[index] = True, False
         return Admitted(costly, lookup, probed, glance)
+
+    def _whole_block_ms(self, load: Load, count: int, context: int, drafts: int) -> float:
+        """What the last of `count` rows with so much context each adds to a step: a pass, and its drafts verified."""
+        cost, at = self._cost, (load.rows, load.context, load.greedy)
+        passes = [cost.draft_ms(rows, context * rows, load.greedy) for rows in (count - 1, count)]
+        steps = [cost.step_ms(load.tokens + n, *at, n * load.keys_per_draft) for n in (0, drafts)]
+        return passes[1] - passes[0] + max(steps[1] - steps[0], 0.0)
 
     def _may_draft_whole(self, row: Row) -> bool:
         """Not so just before a request's end: such probes are cheap, and would take the place of all that say more."""

@@ -176,13 +176,22 @@ class Drafted:
             by_limit[1:] = 1.0
         return Drafted(flat, sums, by_limit, len(samples))
 
+    def usual(self, limits: Ints) -> Floats:
+        """Drafts accepted of all that rows may have [rows], if their survival is the usual."""
+        usual: Floats = self._share(limits) * self.sums[0]
+        return usual
+
+    def _share(self, limits: Ints) -> Floats:
+        share: Floats = self.by_limit[np.minimum(limits, len(self.by_limit) - 1)]
+        return share
+
     def at(self, levels: Floats, scale: Floats, limits: Ints) -> tuple[Floats, Floats]:
         """Drafts kept and accepted, [rows, levels], of rows whose survival is `scale` [rows] times the usual."""
         # Computed level by level: sums over many rows run along memory.
         order = (-scale).argsort()  # so that what is searched for ascends: it is found in a third of the time
         first = np.empty((len(levels), len(scale)), dtype=np.int64)
         first[:, order] = self.survival.searchsorted(levels[:, None] / np.maximum(scale[order], 1e-6))
-        share = self.by_limit[np.minimum(limits, len(self.by_limit) - 1)]
+        share = self._share(limits)
         kept = (len(self.survival) - first) / self.samples * share
         gain = self.sums[first] * (scale * share)
         return np.minimum(kept, limits, out=kept).T, np.minimum(gain, limits, out=gain).T

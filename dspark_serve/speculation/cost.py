@@ -221,7 +221,11 @@ class CostModel:
     ) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1], the first without drafts."""
         contexts: Floats = context + keys_per_draft * np.arange(last - first + 1.0)
-        return self._steps[greedy].times(first, last, rows, contexts, _step_key(rows, context), self.slowdown)
+        times = self._steps[greedy].times(first, last, rows, contexts, _step_key(rows, context), self.slowdown)
+        # More tokens take no less time. Where fewer seem to take longer, they are what was measured of late, and the
+        # others have not been: drafts would seem to save time even where none is accepted.
+        found: Floats = np.maximum.accumulate(times)
+        return found
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:
         """A draft pass for this many rows; 0 where drafting costs nothing."""
@@ -240,17 +244,20 @@ class CostModel:
 
     def observe_step(
         self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False, draft_keys: float = 0.0
-    ) -> None:
-        """A step took `ms`, drafting not included."""
+    ) -> float:
+        """A step took `ms`, drafting not included. Returns what it was expected to take: step_ms until now."""
+        key, curve = _step_key(rows, context), self._steps[greedy]
+        usual_ms = curve.time(tokens, rows, context + draft_keys, key)
+        expected_ms = usual_ms * self.slowdown
         if _sane(tokens, rows, ms):
-            key, curve = _step_key(rows, context), self._steps[greedy]
-            ratio = math.log(ms / curve.time(tokens, rows, context + draft_keys, key))
+            ratio = math.log(ms / usual_ms)
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
             # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.
             curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
             self._recent.append(ratio)
             self._slowdown = statistics.median(self._recent)
+        return expected_ms
 
     def observe_draft(self, rows: int, context: int, ms: float, greedy: bool = False) -> None:
         """A draft pass took `ms`."""

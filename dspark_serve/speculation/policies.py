@@ -226,42 +226,36 @@ class AutoBudget:
     def learn(
         self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
     ) -> BudgetReport | None:
-        step, load = self._step, self._step.load
-        drafted = results
-        if len(plan.drafting) < len(results):
+        step, load, kept, accepted, draft_ms = self._step, self._step.load, 0, 0, 0.0
+        propose_ms = phase_ms.get("propose", 0.0)
+        if step.signals is not None and step.said is not None:  # else there were no drafts
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
-        n_kept = [result.n_kept for result in drafted]
-        tokens, draft_keys = load.tokens + sum(n_kept), sum(n_kept) * load.keys_per_draft
-        predicted_ms = self.cost.step_ms(tokens, load.rows, load.context, load.greedy, draft_keys)
-        plain_ms = self._plain(plan, predicted_ms if tokens == load.tokens else None)
-        step_ms = sum([ms for phase, ms in phase_ms.items() if phase != "propose"])
-        self.cost.observe_step(tokens, load.rows, load.context, step_ms, load.greedy, draft_keys)
-        draft_ms = 0.0
-        if step.signals is not None and step.said is not None:
-            rows, context = step.drafted
-            if rows:
-                draft_ms = self.cost.draft_ms(rows, context, load.greedy)
-                self.cost.observe_draft(rows, context, phase_ms.get("propose", 0.0), load.greedy)
+            n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
-            self.calibrator.learn(step.signals, step.said, np.array(n_kept, dtype=np.int64), n_accepted)
+            kept, accepted = int(n_kept.sum()), int(n_accepted.sum())
+            if step.drafted[0]:
+                draft_ms = self.cost.draft_ms(*step.drafted, load.greedy)
+            self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
+        plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
+        at = load.tokens + kept, load.rows, load.context, sum(phase_ms.values()) - propose_ms, load.greedy
+        predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
+        plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
+        if draft_ms:
+            self.cost.observe_draft(*step.drafted, propose_ms, load.greedy)
         spent_ms = predicted_ms + draft_ms  # predicted: a process that was stopped for a minute earned nothing
         self._full.earn(spent_ms)
         if self._admission is not None:
-            propose_ms = phase_ms.get("propose", 0.0)
             over_ms = 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0)
             lost_ms = 0.0
             if step.glance and step.probed is None:
-                accepted = sum([len(result.tokens) for result in drafted]) - len(drafted)
                 lost_ms = max(predicted_ms - plain_ms[0] - accepted * plain_ms[1], 0.0)
             self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms, lost_ms)
         return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
 
-    def _plain(self, plan: Plan, step_ms: float | None) -> tuple[float, float]:
-        """The step without drafts (`step_ms` if there were none), and, per row, one of its decoding rows alone; in
-        milliseconds."""
+    def _plain(self, plan: Plan) -> tuple[float, float]:
+        """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""
         load = self._step.load
-        if step_ms is None:
-            step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
+        step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
         if load.tokens == load.rows:  # they are alone
             return step_ms, step_ms / load.rows
         decoding = [row for row in plan.rows if row.length == 1 and row.samples]

@@ -77,6 +77,17 @@ class Recent:
                 kept[:, rows], gain[:, rows] = mine[0].T, mine[1].T
         return kept.T, gain.T, unknown
 
+    def whole(self, members: Members, limits: Ints) -> Floats:
+        """Drafts that rows would have accepted if all of them were kept [rows]; infinite where too little is known."""
+        gain = np.full(len(limits), np.inf)
+        for level, rows in members.by_range.items():
+            summary = self._summary(level)
+            if summary is not None:
+                usual = float(summary.sums[0])
+                scale = self._scale(members.requests, max(usual, 1e-6))[rows]
+                gain[rows] = np.minimum(summary.usual(limits[rows]) * scale, limits[rows])
+        return gain
+
     def _summary(self, level: int) -> Drafted | None:
         samples = self._samples.get(level)
         if samples is None or len(samples) < _ENOUGH:

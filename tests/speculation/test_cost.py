@@ -220,7 +220,8 @@ def test_greedy_steps_have_a_curve_of_their_own() -> None:
 
 
 def test_a_curve_is_its_times_one_by_one() -> None:
-    """Also where something was learned, on both sides of a bucket's edge, and beyond the last known count."""
+    """Also where something was learned, on both sides of a bucket's edge, and beyond the last known count; but more
+    tokens never take less time."""
     costs, draw, steps = model(), np.random.default_rng(3), traffic()
     for _ in range(500):
         shape = next(steps)
@@ -228,7 +229,10 @@ def test_a_curve_is_its_times_one_by_one() -> None:
         costs.observe_draft(shape[1], shape[2], draft_machine_ms(shape[1]) * math.exp(draw.normal(0, 0.3)))
     for first, last in ((1, 30), (60, 256), (200, 300), (300, 310)):
         one_by_one = [costs.step_ms(count, 8, 2048) for count in range(first, last + 1)]
-        np.testing.assert_allclose(costs.step_curve(first, last, 8, 2048), one_by_one, rtol=1e-12)
+        rising = np.maximum.accumulate(one_by_one)
+        np.testing.assert_allclose(costs.step_curve(first, last, 8, 2048), rising, rtol=1e-12)
+    assert (np.diff(costs.step_curve(1, 256, 8, 2048)) >= 0).all()
+    assert any(costs.step_ms(count, 8, 2048) > costs.step_ms(count + 1, 8, 2048) for count in range(1, 256))
     assert costs.draft_curve(8, 1024)[8] == pytest.approx(costs.draft_ms(8, 1024), rel=1e-12)
     assert len(np.unique(np.round(np.diff(costs.step_curve(16, 70, 8, 2048)), 6))) > 10  # corrections differ
 
@@ -236,10 +240,10 @@ def test_a_curve_is_its_times_one_by_one() -> None:
 def test_a_correction_is_its_whole_buckets() -> None:
     """Beyond 64 tokens a bucket is 6 % wide: 96 to 101 share what is learned of 100, their neighbours do not."""
     costs = model()
-    before = costs.step_curve(90, 110, 4, 512)
+    before = np.array([costs.step_ms(count, 4, 512) for count in range(90, 111)])
     for _ in range(20):
         costs.observe_step(100, 4, 512, 1.1 * machine_ms(100, 4, 512))
         costs.observe_step(40, 4, 512, machine_ms(40, 4, 512))
-    moved = costs.step_curve(90, 110, 4, 512) / before
+    moved = np.array([costs.step_ms(count, 4, 512) for count in range(90, 111)]) / before
     np.testing.assert_allclose(moved[6:12], moved[10])
     assert moved[10] > max(moved[5], moved[12]) * 1.01

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dspark_serve.speculation import admission
 from dspark_serve.speculation.admission import _HOLD, Allowance
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget
@@ -167,8 +168,8 @@ def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, a
     while server.drafted[-1] or admission._held is None or admission._held.until - server.budget._steps < 12:
         server.step()  # up to a decision of a step or two ago, that nobody drafts
     asked: list[int] = []
-    expected = admission._drafted.expected
-    admission._drafted.expected = lambda *args: asked.append(1) or expected(*args)  # type: ignore
+    whole = admission._drafted.whole
+    admission._drafted.whole = lambda *args: asked.append(1) or whole(*args)  # type: ignore
     for place in range(ended):
         server.budget.release(f"r{place}")
         server.requests[place] = Request(f"r{place}", (1,), SamplingParams(), seed=99)
@@ -196,3 +197,26 @@ def test_what_the_drafts_of_a_glance_lose_is_paid_from_the_glances(right: bool) 
     paid_ms = cheap(ROWS + kept) - cheap(ROWS)
     left_ms = admission._glances.saved_ms
     assert left_ms > 0 if right else left_ms == pytest.approx(-paid_ms, rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("price", [cheap, dear])
+def test_what_is_ruled_out_at_a_glance_would_not_have_drafted(
+    rows: int, price: Callable[[int], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighing every row each time comes to the same, where drafting pays, nearly pays, and does not."""
+
+    def decisions(rate: float) -> tuple[list[int], list[int]]:
+        server = served(price, [rate] * rows, found=0.2)
+        server.run(400)
+        return server.drafted, server.looked_up
+
+    asked: list[bool] = []
+    may_pay = admission._may_pay
+    for rate in (0.02, 0.3, 0.5, 0.7, 0.9):
+        with monkeypatch.context() as patch:
+            patch.setattr(admission, "_may_pay", lambda *args: asked.append(may_pay(*args)) or asked[-1])
+            quick = decisions(rate)
+            patch.setattr(admission, "_may_pay", lambda *args: True)
+            assert decisions(rate) == quick
+    assert 0 < sum(asked) < len(asked)
