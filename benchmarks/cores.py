@@ -32,7 +32,8 @@ TURNS, TURN_S = 24, 0.4
 def anywhere() -> None:
     """All threads of this process may run on every core again."""
     for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), range(os.cpu_count() or 1))
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(task), range(os.cpu_count() or 1))
 
 
 def batch_of(rows: int, page_size: int) -> StepBatch:

@@ -71,9 +71,15 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the `count` JSON files that were used last."""
-    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for path in files[:-count]:
+    """Delete all but the `count` JSON files that were used last; another process may do the same meanwhile."""
+
+    def last_used(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    for path in sorted(directory.glob("*.json"), key=last_used)[:-count]:
         path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
 """Prompt lookup against a slow search of the same history."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_serve.drafters.ngram import NgramDrafter
@@ -26,6 +26,7 @@ def slow_lookup(tokens, shortest, longest, count):
     return []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 2), st.integers(1, 6))
 def test_equals_the_slow_search(tokens, shortest, more, width):
     drafter = NgramDrafter(width, shortest, shortest + more)
@@ -33,6 +34,7 @@ def test_equals_the_slow_search(tokens, shortest, more, width):
     assert got.tokens[0, : got.n_draft[0]].tolist() == slow_lookup(tokens, shortest, shortest + more, width)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=40), st.data())
 def test_incremental_history_equals_a_fresh_one(tokens, data):
     drafter = NgramDrafter(4)

@@ -1,5 +1,6 @@
 """Threads that compute together have a core each, and the caller's thread has all of them back afterwards."""
 
+import contextlib
 import os
 import threading
 
@@ -29,7 +30,10 @@ def as_many_threads_as_cores():
 
 def bound_to() -> set[int]:
     """Cores that a thread of this process is bound to."""
-    masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    masks = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # a thread of another test that ended meanwhile
+            masks.append(os.sched_getaffinity(int(task)))
     return {min(mask) for mask in masks if len(mask) == 1}
 
 

@@ -1,14 +1,17 @@
 """Profiles: measured through the real parts on scratch pages, once; and the budget that they are made for, at work."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from dspark_serve.config import load_config
-from dspark_serve.engine import profile
+from dspark_serve.engine import build, profile
+from dspark_serve.engine import engine as steps
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.profile import Rig, Shape, shapes, sweep
 from dspark_serve.llm import LLM, SamplingParams
+from dspark_serve.speculation.cost import Point, Profile
 from dspark_serve.speculation.policies import AutoBudget, KeepAll
 from dspark_serve.types import SpeculationParams
 from tests.drafters.golden import GOLDENS, golden_runs
@@ -39,6 +42,14 @@ class Ticks:
     def __call__(self):
         self.now += self.seconds
         return self.now
+
+
+@pytest.fixture
+def cheap_drafts(monkeypatch):
+    """A machine on which it drafts: drafting is free, at the start and in every step. Nothing is measured."""
+    found = Profile(tuple(Point(n, 1, 100, 4.0 + 0.02 * n) for n in (1, 4, 16, 64)))
+    monkeypatch.setattr(build, "machine_profile", lambda *args, **options: found)
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=Ticks(0.001)))
 
 
 def test_a_sweep_measures_steps_and_drafts_and_leaves_nothing_behind():
@@ -193,9 +204,8 @@ def test_auto_changes_no_text(options, temperature):
     assert texts() == plain
 
 
-def test_auto_respects_the_requests_limit():
+def test_auto_respects_the_requests_limit(cheap_drafts):
     llm = LLM(**OPTIONS, per_request_spec_decode_metrics="detailed")
-    llm._engine.budget.cost._drafts = None
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     [output] = llm.generate(PROMPTS[:1], params, use_tqdm=False, speculation=SpeculationParams(max_draft_tokens=2))
     drafted = output.outputs[0].metrics.speculative_decoding
@@ -211,9 +221,8 @@ def test_rejection_runs_with_auto_and_refuses_an_objective_per_user():
     assert build_engine(load_config({**OPTIONS, "objective": "per-user:5"})).info.objective == "per-user:5"
 
 
-def test_a_finished_request_is_forgotten_and_forgets_nothing_else():
+def test_a_finished_request_is_forgotten_and_forgets_nothing_else(cheap_drafts):
     engine = build_engine(load_config(OPTIONS))
-    engine.budget.cost._drafts = None  # so that it drafts
     for name in ("a", "b"):
         engine.add(make_request(name, PROMPTS[0]["prompt_token_ids"], max_tokens=12 if name == "a" else 40))
     while "a" in engine.scheduler._by_id:

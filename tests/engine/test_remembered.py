@@ -3,13 +3,14 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
 from dspark_serve.config import load_config
 from dspark_serve.engine import build
 from dspark_serve.engine.build import build_engine
-from dspark_serve.engine.remembered import file_states, passed, remember
+from dspark_serve.engine.remembered import file_states, keep_newest, passed, remember
 from tests.drafters.golden import GOLDENS
 
 KEY = {"files": [["a", 1, 2]], "threads": 2}
@@ -51,6 +52,16 @@ def test_old_notes_go(cache):
     for number in range(70):
         remember("rows", {"number": number})
     assert len(list(cache.iterdir())) == 64
+
+
+def test_old_notes_may_be_gone_already(cache, monkeypatch):
+    """Two servers that start at once delete the same files."""
+    for number in range(3):
+        remember("rows", {"number": number})
+    found = [*cache.glob("*.json"), cache / "deleted-by-another.json"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: found)
+    keep_newest(cache, 2)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_a_changed_file_is_another_state(tmp_path):

@@ -112,7 +112,7 @@ def test_racing_processes_agree(own_cache: Path) -> None:
         subprocess.Popen([sys.executable, "-c", RACER, str(number)], stdout=subprocess.PIPE, text=True)
         for number in range(3)
     ]
-    answers = {racer.communicate(timeout=60)[0] for racer in racers}
+    answers = {racer.communicate(timeout=240)[0] for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0, 0]
     assert len(answers) == 1
     assert [path.name for path in (own_cache / "models").iterdir()] == [f"raced-v{catalog.CACHE_FORMAT}"]

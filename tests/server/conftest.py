@@ -33,7 +33,7 @@ def serve():
             await service.engine.wait_loaded()
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:
-                client.service, client.engine = service, engine
+                client.app, client.service, client.engine = app, service, engine
                 yield client
             if check:
                 await settled(service, engine)

@@ -17,6 +17,7 @@ from dspark_serve.text import Tokenizer
 from dspark_serve.types import RowResult, TokenLogprobs
 
 ANSWER = "Hello, wörld! This is a scripted answer. "
+PATIENCE_S = 120.0  # nothing is decided by time; this is when to give up
 
 
 def byte_tokenizer():
@@ -27,12 +28,14 @@ def byte_tokenizer():
 class FakeEngine:
     """Says ANSWER over and over, `burst` tokens a step (the extra ones count as accepted drafts), `<eos>` at `length`.
 
-    `delay_s` per step; `gate` (an Event) holds steps back; `fail_at` raises in that step.
+    `delay_s` per step; `gate` (an Event) holds steps back, and closes itself behind step `hold_after`; `fail_at`
+    raises in that step. What must happen before a request is at its end wants a gate: a delay is no promise.
     """
 
     def __init__(
-        self, *, pages=256, max_model_len=512, max_queue=64, max_num_seqs=8, burst=1, length=None, delay_s=0.0
-    ):
+        self, *, pages=256, max_model_len=512, max_queue=64, max_num_seqs=8, burst=1, length=None, delay_s=0.0,
+        hold_after=None,
+    ):  # fmt: skip
         self.pool = PagePool(pages + 1, 16)
         self.scheduler = Scheduler(
             self.pool,
@@ -43,7 +46,7 @@ class FakeEngine:
             vocab_size=VOCAB,
             draft_width=burst - 1,
         )
-        self.length, self.delay_s = length, delay_s
+        self.length, self.delay_s, self.hold_after = length, delay_s, hold_after
         self.steps = 0
         self.fail_at = None
         self.gate = threading.Event()
@@ -83,14 +86,17 @@ class FakeEngine:
         return script[(start + index) % len(script)]
 
     def step(self):
-        self.gate.wait()
+        self.gate.wait(PATIENCE_S)
         if self.delay_s:
             time.sleep(self.delay_s)
         self.steps += 1
         if self.fail_at == self.steps:
             raise RuntimeError("scripted failure")
         plan = self.scheduler.plan()
-        return self.scheduler.commit(plan, [self._result(row) for row in plan.rows])
+        report = self.scheduler.commit(plan, [self._result(row) for row in plan.rows])
+        if self.steps == self.hold_after:
+            self.gate.clear()
+        return report
 
     def _result(self, row):
         request = row.request
@@ -123,12 +129,22 @@ def make_app(engine=None, **options):
     return create_app(make_service(engine, **options))
 
 
+async def until(condition):
+    """Wait for `condition()`; AssertionError when it never comes."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "what was waited for never came"
+        await asyncio.sleep(0.005)
+
+
+async def gate_closed(engine):
+    """Wait until step `hold_after` is done: its tokens are there or on their way, and no more come."""
+    await until(lambda: not engine.gate.is_set())
+
+
 async def settled(service, engine):
     """Wait until nothing runs; then the engine must be whole and every page free."""
-    for _ in range(200):
-        if not service.engine.num_requests and not engine.has_work:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: not service.engine.num_requests and not engine.has_work)
     await service.engine.call(lambda e: e.check_integrity())
     stats = await service.engine.call(lambda e: e.stats())
     assert (stats.num_running, stats.num_waiting, stats.pages_used) == (0, 0, 0)

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-import time
+import threading
 from itertools import chain
 
 import pytest
-from fakes import ANSWER, EOS, FakeEngine, byte_tokenizer, make_app
+from fakes import ANSWER, EOS, PATIENCE_S, FakeEngine, byte_tokenizer, make_app, until
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from test_disconnect import Client
 
 from dspark_serve.server.async_engine import AsyncEngine
 
@@ -262,8 +263,6 @@ async def test_keys(serve):
 
 
 async def test_loading_and_dead_states(serve):
-    import threading
-
     import httpx
 
     release = threading.Event()
@@ -301,37 +300,49 @@ async def test_failure_mid_stream_is_an_event(serve):
 
 
 async def test_draining_refuses_with_retry_after(serve):
-    async with serve(FakeEngine(delay_s=0.01)) as client:
+    engine = FakeEngine()
+    async with serve(engine) as client:
+        engine.gate.clear()
         running = asyncio.create_task(chat(client, max_tokens=20))
-        while not client.service.engine.num_requests:
-            await asyncio.sleep(0.005)
-        drain = asyncio.create_task(client.service.engine.drain(10))
+        await until(lambda: client.service.engine.num_requests)
+        drain = asyncio.create_task(client.service.engine.drain(PATIENCE_S))
         await asyncio.sleep(0)
         assert (await client.get("/ready")).status_code == 503
         assert (await client.get("/health")).status_code == 200
         assert (await chat(client)).headers["retry-after"]
+        engine.gate.set()
         assert len((await running).json()["choices"][0]["message"]["content"]) > 10
         assert await drain
 
 
 async def test_pings_keep_a_quiet_stream_open(serve, monkeypatch):
     monkeypatch.setattr("dspark_serve.server.stream.PING_EVERY_S", 0.02)
-    async with serve(FakeEngine(delay_s=0.4)) as client:  # many pings long, so that a busy machine sends one too
-        assert ": ping" in (await chat(client, stream=True, max_tokens=3)).text
+    engine = FakeEngine()
+    async with serve(engine) as client:
+        engine.gate.clear()
+        raw = Client(client.app, {"prompt": "x", "max_tokens": 3, "stream": True})
+        await until(lambda: any(b": ping" in message.get("body", b"") for message in raw.sent))
+        engine.gate.set()
+        await raw.task
+        assert any(b"[DONE]" in message.get("body", b"") for message in raw.sent)
 
 
 async def test_slow_tokenising_stalls_nobody(serve, monkeypatch):
-    async with serve(FakeEngine(delay_s=0.002)) as client:
+    begun, release = threading.Event(), threading.Event()
+    async with serve() as client:
         tokenizer = client.service.tokenizer
         encode = tokenizer.encode
 
         def slow(text, *args, **kwargs):
-            time.sleep(1 if "long" in text else 0)
+            if "long" in text:
+                begun.set()
+                release.wait(PATIENCE_S)
             return encode(text, *args, **kwargs)
 
         monkeypatch.setattr(tokenizer, "encode", slow)
         long = asyncio.create_task(complete(client, prompt="long", max_tokens=1))
-        await asyncio.sleep(0.05)
+        await until(begun.is_set)
         assert (await complete(client, prompt="short", max_tokens=20)).status_code == 200
         assert not long.done()
+        release.set()
         assert (await long).status_code == 200

@@ -2,10 +2,9 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
-from fakes import FakeEngine, settled
+from fakes import PATIENCE_S, FakeEngine, gate_closed, settled, until
 
 from dspark_serve.server.async_engine import AsyncEngine, RequestFailed
 from dspark_serve.types import EngineBusy, EngineDead, InvalidRequest, Request, SamplingParams
@@ -91,10 +90,9 @@ async def test_full_queue_is_busy():
     engine = FakeEngine(max_queue=2, max_num_seqs=1)
     async with Running(engine) as door:
         engine.gate.clear()
-        first = await door.submit(request("a"))
-        await asyncio.sleep(0.05)  # the thread is now held in its first step
+        first = await door.submit(request("a"))  # the thread goes on to its first step, and is held there
         submissions = [asyncio.create_task(door.submit(request(str(i)))) for i in range(4)]
-        await asyncio.sleep(0.05)
+        await until(lambda: door.num_requests == 5)
         engine.gate.set()
         results = await asyncio.gather(*submissions, return_exceptions=True)
         busy = [result for result in results if isinstance(result, EngineBusy)]
@@ -104,15 +102,21 @@ async def test_full_queue_is_busy():
 
 
 async def test_cancel_running_and_queued():
-    engine = FakeEngine(max_num_seqs=1, delay_s=0.002)
+    engine = FakeEngine(max_num_seqs=1, hold_after=2)
     running = Running(engine)
     async with running as door:
+        engine.gate.clear()
         first = await door.submit(request("first", max_tokens=300))
-        queued = await door.submit(request("queued", max_tokens=300))
+        submission = asyncio.create_task(door.submit(request("queued", max_tokens=300)))
+        await until(lambda: door.num_requests == 2)
+        engine.gate.set()
+        queued = await submission
+        await gate_closed(engine)
         await anext(first)
         queued.close()
         first.close()
         first.close()
+        engine.gate.set()
     assert running.recorder.ended == [("queued", "abort"), ("first", "abort")]
 
 
@@ -121,9 +125,8 @@ async def test_cancelled_submission_leaves_nothing():
     async with Running(engine) as door:
         engine.gate.clear()
         blocker = await door.submit(request("blocker"))
-        await asyncio.sleep(0.02)
         late = asyncio.create_task(door.submit(request("late", max_tokens=400)))
-        await asyncio.sleep(0.02)
+        await until(lambda: door.num_requests == 2)
         late.cancel()
         engine.gate.set()
         assert len(await tokens_of(blocker)) == 5
@@ -132,13 +135,15 @@ async def test_cancelled_submission_leaves_nothing():
 
 
 async def test_end_reports_the_reason_and_drops_later_tokens():
-    running = Running(FakeEngine(delay_s=0.001))
+    engine = FakeEngine(hold_after=10)
+    running = Running(engine)
     async with running as door:
         stream = await door.submit(request(max_tokens=400))
         await anext(stream)
-        await asyncio.sleep(0.02)
+        await gate_closed(engine)  # nine tokens more
         stream.end("r", "stop")
         assert await tokens_of(stream) == []
+        engine.gate.set()
     assert running.recorder.ended == [("r", "stop")]
 
 
@@ -146,34 +151,47 @@ async def test_one_wake_up_per_step():
     engine = FakeEngine(burst=4)
     running = Running(engine)
     async with running as door:
-        streams = [await door.submit(request(str(i), max_tokens=40)) for i in range(8)]
-        wakeups = len(running.recorder.steps)
-        steps = engine.steps
-        for stream in streams:
-            await tokens_of(stream)
-        assert len(running.recorder.steps) - wakeups <= engine.steps - steps + 2
+        engine.gate.clear()  # no step before all of them are submitted
+        submissions = [asyncio.create_task(door.submit(request(str(i), max_tokens=40))) for i in range(8)]
+        await until(lambda: door.num_requests == 8)
+        engine.gate.set()
+        for submission in submissions:
+            assert len(await tokens_of(await submission)) == 40
+        assert len(running.recorder.steps) == engine.steps
 
 
 async def test_idle_engine_sleeps():
-    async with Running() as door:
+    class Asked(FakeEngine):
+        """Counts how often it is asked for work, which a door does that looks again and again."""
+
+        asked = 0
+
+        @property
+        def has_work(self):
+            self.asked += 1
+            return super().has_work
+
+    async with Running(Asked()) as door:
         await tokens_of(await door.submit(request()))
-        spent = time.thread_time_ns  # the engine's own thread is asked for its processor time
-        before = await door.call(lambda engine: spent())
+        before = await door.call(lambda engine: engine.asked)
         await asyncio.sleep(0.2)
-        after = await door.call(lambda engine: spent())
-        assert (after - before) / 1e9 < 0.02
+        after = await door.call(lambda engine: engine.asked)
+        assert after - before <= 2  # after the first of these calls, on the way to sleep
 
 
 async def test_engine_works_in_its_own_thread_while_the_loop_runs():
-    async with Running(FakeEngine(delay_s=0.05)) as door:
+    engine = FakeEngine()
+    async with Running(engine) as door:
         thread = await door.call(lambda engine: threading.current_thread())
         assert thread is not threading.current_thread()
+        engine.gate.clear()
         stream = await door.submit(request(max_tokens=4))
-        consumer, turns = asyncio.create_task(tokens_of(stream)), 0
-        while not consumer.done():
+        consumer = asyncio.create_task(tokens_of(stream))
+        for _ in range(100):  # while the engine is in its first step
             await asyncio.sleep(0)
-            turns += 1
-        assert turns > 100  # four steps; a blocked loop would turn four times
+        assert not consumer.done()
+        engine.gate.set()
+        assert len(await consumer) == 4
 
 
 async def test_a_failing_step_fails_its_requests_and_is_remembered():
@@ -220,30 +238,35 @@ async def test_stop_while_loading_returns_at_once():
     release = threading.Event()
     door = AsyncEngine(lambda: release.wait() and FakeEngine())
     door.start()
-    await asyncio.wait_for(door.stop(), 1)
+    await asyncio.wait_for(door.stop(), PATIENCE_S)
     assert door.thread_alive
     release.set()
 
 
 async def test_drain_lets_requests_finish_and_takes_no_more():
-    async with Running(FakeEngine(delay_s=0.005)) as door:
+    engine = FakeEngine()
+    async with Running(engine) as door:
+        engine.gate.clear()
         stream = await door.submit(request(max_tokens=20))
         consumer = asyncio.create_task(tokens_of(stream))
-        drain = asyncio.create_task(door.drain(10))
+        drain = asyncio.create_task(door.drain(PATIENCE_S))
         await asyncio.sleep(0)
         with pytest.raises(EngineBusy, match="shutting down"):
             await door.submit(request("late"))
+        engine.gate.set()
         assert await drain
         assert len(await consumer) == 20
 
 
 async def test_drain_cuts_off_after_its_time():
-    engine = FakeEngine(delay_s=0.01)
+    engine = FakeEngine()
     async with Running(engine) as door:
+        engine.gate.clear()
         stream = await door.submit(request(max_tokens=500))
         assert not await door.drain(0.05)
         with pytest.raises(EngineBusy, match="shutting down"):
             await tokens_of(stream)
+        engine.gate.set()
 
 
 async def test_start_again_after_stop():

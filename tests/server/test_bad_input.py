@@ -1,7 +1,9 @@
 """Whatever clients send: the right status, the standard error body, and an engine that lives on, whole and empty."""
 
+import asyncio
+
 import pytest
-from fakes import FakeEngine
+from fakes import FakeEngine, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -182,13 +184,21 @@ async def test_routes_and_methods(serve):
 
 
 async def test_full_queue(serve):
-    import asyncio
-
-    engine = FakeEngine(max_queue=2, max_num_seqs=1, delay_s=0.002)
+    engine = FakeEngine(max_queue=2, max_num_seqs=1)
     async with serve(engine) as client:
-        answers = await asyncio.gather(*(client.post(TEXT, json={"prompt": "x", "max_tokens": 20}) for _ in range(12)))
+
+        def ask():
+            return asyncio.create_task(client.post(TEXT, json={"prompt": "x", "max_tokens": 20}))
+
+        engine.gate.clear()
+        asked = [ask()]
+        await until(lambda: engine.has_work)  # in its first step: all others are taken together, after it
+        asked += [ask() for _ in range(11)]
+        await until(lambda: client.service.engine.num_requests == 12)
+        engine.gate.set()
+        answers = [await task for task in asked]
         full = [answer for answer in answers if answer.status_code != 200]
-        assert full
+        assert len(full) == 9
         for answer in full:
             check_error(answer, 503, code="engine_busy")
             assert int(answer.headers["retry-after"]) >= 1

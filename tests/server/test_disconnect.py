@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fakes import FakeEngine, make_app, settled
+from fakes import PATIENCE_S, FakeEngine, gate_closed, make_app, settled, until
 
 
 class Client:
@@ -34,40 +34,44 @@ class Client:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_mid_decode(stream):
-    engine = FakeEngine(delay_s=0.02)
+    engine = FakeEngine(hold_after=5)
     app = make_app(engine)
     service = app.state.service
     async with app.router.lifespan_context(app):
         await service.engine.wait_loaded()
         client = Client(app, {"prompt": "x", "max_tokens": 500, "stream": stream})
-        while engine.steps < 5:
-            await asyncio.sleep(0.005)
+        await gate_closed(engine)
         client.hang_up()
-        await asyncio.wait_for(client.task, 5)
+        await asyncio.wait_for(client.task, PATIENCE_S)
+        engine.gate.set()
         await settled(service, engine)
-        assert engine.steps < 450, "it would take 500 steps to the end"
+        assert engine.steps <= 6, "one step may have begun before the cancellation; it would take 500 to the end"
         assert b'{finished_reason="abort",model_name="fake"} 1.0' in service.metrics.render()
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_in_the_queue(stream):
-    engine = FakeEngine(max_num_seqs=1, delay_s=0.02)
+    engine = FakeEngine(max_num_seqs=1, hold_after=1)
     app = make_app(engine)
     service = app.state.service
     async with app.router.lifespan_context(app):
         await service.engine.wait_loaded()
         first = Client(app, {"prompt": "x", "max_tokens": 500})
-        while not engine.steps:
-            await asyncio.sleep(0.005)
+        await gate_closed(engine)
         queued = Client(app, {"prompt": "x", "max_tokens": 500, "stream": stream, "n": 3})
-        while service.engine.num_requests < 4:
-            await asyncio.sleep(0.005)
+        await until(lambda: service.engine.num_requests == 4)
+        engine.hold_after = 3  # between the second step and the third the engine takes them
+        engine.gate.set()
+        await gate_closed(engine)
+        assert engine.stats().num_waiting == 3
         queued.hang_up()
-        await asyncio.wait_for(queued.task, 5)
+        await asyncio.wait_for(queued.task, PATIENCE_S)
         assert service.engine.num_requests == 1
         first.hang_up()
-        await asyncio.wait_for(first.task, 5)
+        await asyncio.wait_for(first.task, PATIENCE_S)
+        engine.gate.set()
         await settled(service, engine)
+        assert engine.steps <= 4
 
 
 async def test_before_the_engine_has_answered():
@@ -78,27 +82,29 @@ async def test_before_the_engine_has_answered():
         await service.engine.wait_loaded()
         engine.gate.clear()
         held = Client(app, {"prompt": "x", "max_tokens": 3})
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.has_work)
         late = Client(app, {"prompt": "x", "max_tokens": 500, "stream": True})
-        await asyncio.sleep(0.05)
+        await until(lambda: service.engine.num_requests == 2)
         late.hang_up()
-        await asyncio.wait_for(late.task, 5)
+        await asyncio.wait_for(late.task, PATIENCE_S)
         engine.gate.set()
-        await asyncio.wait_for(held.task, 5)
+        await asyncio.wait_for(held.task, PATIENCE_S)
         await settled(service, engine)
-        assert engine.steps < 50
+        assert engine.steps == 3, "those of the first request: the late one came and went between two steps"
 
 
 async def test_a_stream_whose_task_is_cancelled():
     """As uvicorn does to what is left when its patience ends."""
-    engine = FakeEngine(delay_s=0.02)
+    engine = FakeEngine(hold_after=5)
     app = make_app(engine)
     service = app.state.service
     async with app.router.lifespan_context(app):
         await service.engine.wait_loaded()
         client = Client(app, {"prompt": "x", "max_tokens": 500, "stream": True})
-        await asyncio.wait_for(client.news.wait(), 5)
+        await gate_closed(engine)
+        await asyncio.wait_for(client.news.wait(), PATIENCE_S)
         client.task.cancel()
         await asyncio.gather(client.task, return_exceptions=True)
+        engine.gate.set()
         await settled(service, engine)
-        assert engine.steps < 450, "it would take 500 steps to the end"
+        assert engine.steps <= 6, "one step may have begun before the cancellation; it would take 500 to the end"

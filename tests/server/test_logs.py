@@ -11,7 +11,7 @@ import sys
 import httpx
 import pytest
 import structlog
-from fakes import FakeEngine
+from fakes import PATIENCE_S, FakeEngine, until
 from test_run import Server
 
 from dspark_serve.server.run import log_stats
@@ -22,7 +22,7 @@ SECRET = "the rain in Spain"
 def talk():
     """Requests to a server process that logs where nobody looks on: its answers by name, and its lines as JSON."""
     with Server(text=True, log_level="debug") as server:
-        with httpx.Client(base_url=server.url, timeout=20) as client:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
             body = {"prompt": SECRET, "max_tokens": 6, "temperature": 0}
             answers = {
                 "whole": client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine-1"}),
@@ -144,8 +144,8 @@ async def test_a_line_of_figures_while_busy_and_none_while_idle(serve):
             assert [line for line in lines if line["event"] == "serving"] == []
             answer = await client.post("/v1/completions", json={"prompt": "x" * 40, "max_tokens": 90})
             assert answer.status_code == 200
-            while not any(line["event"] == "serving" and line["tokens_per_s"] for line in lines):
-                await asyncio.sleep(0.01)  # the last tokens are still to be told of, if no line was yet
+            # What follows the prompt's own token may still be to be told of, all of it.
+            await until(lambda: any(line["event"] == "serving" and line["draft_tokens_per_s"] for line in lines))
             chore.cancel()
     busy = [line for line in lines if line["event"] == "serving"]
     assert all(line["running"] + line["waiting"] <= 1 and 0 <= line["kv_cache_usage"] <= 1 for line in busy)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import FakeEngine, settled
+from fakes import FakeEngine, gate_closed, settled, until
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -35,10 +35,13 @@ async def generate(client, **body):
 
 
 async def test_counts(serve):
-    async with serve(FakeEngine(burst=3, delay_s=0.005)) as client:
+    engine = FakeEngine(burst=3)
+    async with serve(engine) as client:
         await generate(client, max_tokens=10)
         await generate(client, max_tokens=50, stop="world")
-        await generate(client, max_tokens=50, stop="wör")
+        engine.hold_after = engine.steps + 5  # one token, then three a step; it must not get to the length before
+        await generate(client, max_tokens=50, stop="wör")  # the loop has found these, in tokens 8 to 11
+        engine.gate.set()
         await settled(client.service, client.engine)
         samples = await scrape(client)
         assert samples["dspark:prompt_tokens_total",] == 120
@@ -112,23 +115,13 @@ def test_a_tally_is_the_histogram_of_the_library():
 
 async def test_queue_time_ends_with_the_step_that_admits(serve):
     """A request that waits for another has its wait counted once, and for what it was."""
-
-    class Held(FakeEngine):
-        def step(self):
-            report = super().step()
-            if self.steps == 1:
-                self.gate.clear()
-            return report
-
-    engine = Held(max_num_seqs=1)
+    engine = FakeEngine(max_num_seqs=1, hold_after=1)
     async with serve(engine) as client:
         began = time.monotonic()
         first = asyncio.create_task(generate(client, max_tokens=100))
-        while engine.gate.is_set():
-            await asyncio.sleep(0.001)
+        await gate_closed(engine)
         second = asyncio.create_task(generate(client, max_tokens=2))
-        while client.service.engine.num_requests < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: client.service.engine.num_requests == 2)
         await asyncio.sleep(0.05)
         engine.gate.set()
         assert [(await answer).status_code for answer in (first, second)] == [200, 200]

@@ -9,7 +9,7 @@ import sys
 import httpx
 import openai
 import pytest
-from fakes import settled
+from fakes import PATIENCE_S, settled
 from test_disconnect import Client
 from tiny_model import write_tiny_model
 
@@ -106,7 +106,7 @@ async def test_hanging_up(tiny, stream):
         while client.service.metrics.totals.generation_tokens < 10:
             await asyncio.sleep(0.005)
         raw.hang_up()
-        await asyncio.wait_for(raw.task, 10)
+        await asyncio.wait_for(raw.task, PATIENCE_S)
         await running.whole()
         assert client.service.metrics.totals.generation_tokens < 60 * 480
         await complete(client)
@@ -146,9 +146,10 @@ def default_url(smollm2_dir):
     assert url is not None, "the server did not start"
     yield url[1]
     process.terminate()
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.timeout(900)  # loading and measuring for the first time, on a busy machine
 def test_default_model_talks_through_openais_client(default_url):
     client = openai.OpenAI(base_url=default_url, api_key="none", timeout=120)
     model = client.models.list().data[0].id
@@ -170,6 +171,7 @@ def test_default_model_talks_through_openais_client(default_url):
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens >= 16
 
 
+@pytest.mark.timeout(900)
 async def test_default_model_talks_through_openais_async_client(default_url):
     async with openai.AsyncOpenAI(base_url=default_url, api_key="none", timeout=120) as client:
 

@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fakes import FakeEngine, make_service
+from fakes import PATIENCE_S, FakeEngine, make_service
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -30,8 +30,9 @@ def attributes(message):
 
 
 @pytest.fixture
-def collector():
+def collector(monkeypatch):
     """An OTLP collector over HTTP: `url`, and `received` (resource attributes, span) pairs."""
+    monkeypatch.setattr("dspark_serve.server.tracing._EXPORT_TIMEOUT_S", PATIENCE_S)  # of it no haste is asked
     received = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -107,10 +108,12 @@ async def test_a_span_tells_of_queue_prefill_decode_and_speculation(serve, colle
 
 
 async def test_each_choice_and_each_end_has_a_span(serve, collector):
-    engine = FakeEngine(max_queue=4, delay_s=0.002)
+    engine = FakeEngine(max_queue=4)
     async with serve(engine, otlp_traces_endpoint=collector.url) as client:
         await generate(client, max_tokens=3, n=2)
-        await generate(client, max_tokens=100, stop="wör")
+        engine.hold_after = engine.steps + 11  # bytes to where it stops; it must not get to the length before
+        await generate(client, max_tokens=100, stop="wör", temperature=0)
+        engine.gate.set()
         async with client.stream(
             "POST", "/v1/completions", json={"prompt": "x", "max_tokens": 9, "stream": True}
         ) as it:

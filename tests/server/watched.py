@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import psutil
 import uvicorn
-from fakes import FakeEngine, make_app
+import yaml
+from fakes import PATIENCE_S, FakeEngine, gate_closed, make_app, until
 
 from dspark_serve.types import BudgetReport, RowResult
 
@@ -72,15 +74,25 @@ def listening(app):
             thread.join()
 
 
-def eventually(read, right, timeout_s=120):
+def eventually(read, right):
     """What `read()` gives once `right` says so of it; AssertionError with the last when that never happens."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + PATIENCE_S
     while True:
         found = read()
         if right(found):
             return found
         assert time.monotonic() < end, f"still {found}"
         time.sleep(0.05)
+
+
+def listening_port(pid):
+    """The TCP port that a process listens on, once it does: one it was told to choose, so that nobody else took it."""
+
+    def ports():
+        connections = psutil.Process(pid).net_connections("tcp")
+        return [connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN]
+
+    return eventually(ports, bool)[0]
 
 
 class Prometheus:
@@ -94,16 +106,14 @@ class Prometheus:
             assert old in text
             text = text.replace(old, new)
         config.write_text(text)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
         self.log = directory / "log"
         flags = [f"--config.file={config}", f"--storage.tsdb.path={directory / 'data'}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                ["prometheus", *flags, f"--web.listen-address={address}"], stdout=log, stderr=subprocess.STDOUT
+                ["prometheus", *flags, "--web.listen-address=127.0.0.1:0"], stdout=log, stderr=subprocess.STDOUT
             )
-        self.client = httpx.Client(base_url=f"http://{address}", timeout=60)
+        self.at = None  # seconds since 1970 that queries are about; None: now
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{listening_port(self.process.pid)}", timeout=60)
         eventually(self._ready, bool)
 
     def _ready(self):
@@ -114,7 +124,8 @@ class Prometheus:
 
     def query(self, expression):
         """The instant vector of an expression, as (labels, value) pairs; AssertionError when it is not one."""
-        answer = self.client.get("/api/v1/query", params={"query": expression}).json()
+        at = {} if self.at is None else {"time": self.at}
+        answer = self.client.get("/api/v1/query", params={"query": expression, **at}).json()
         assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
         assert answer["data"]["resultType"] == "vector"
         return [(one["metric"], float(one["value"][1])) for one in answer["data"]["result"]]
@@ -134,6 +145,16 @@ class Prometheus:
         self.process.wait()
 
 
+def all_seen(prometheus):
+    """A time at which all rules have seen what was scraped by now. Later, when rates of minutes may have passed by it,
+    questions are still about that time."""
+    scraped = time.time()
+    groups = yaml.safe_load((CONFIGS / "prometheus" / "recording.yml").read_text())["groups"]
+    for rule in [rule["record"] for group in groups for rule in group["rules"]]:
+        eventually(lambda rule=rule: prometheus.value(f"min(timestamp({rule}))"), lambda at: at and at > scraped)
+    return time.time()
+
+
 @dataclass(frozen=True)
 class Watched:
     engine: Speculating
@@ -141,22 +162,18 @@ class Watched:
     answers: list  # the bodies of all answers
 
 
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
-async def generate(address, number, door, gate):
+async def generate(address, number, door, engine):
     """Answers to so many requests at once, of different length, after one that hung up.
 
-    The engine is held back until the server (its `door`) knows of the hang-up, and then of all requests.
+    The engine is held back from the second step on until the server (its `door`) knows of the hang-up, and then of all
+    requests.
     """
     async with httpx.AsyncClient(base_url=f"http://{address}", timeout=300) as client:
         body = {"prompt": "x" * 30, "max_tokens": 200, "stream": True}
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_bytes():
-                gate.clear()
                 break
+            await gate_closed(engine)
         await until(lambda: door.num_requests == 0)
 
         async def one(index):
@@ -168,7 +185,7 @@ async def generate(address, number, door, gate):
 
         answers = asyncio.gather(*map(one, range(number)))
         await until(lambda: door.num_requests == number or answers.done())
-        gate.set()
+        engine.gate.set()
         return await answers
 
 
@@ -176,18 +193,19 @@ async def generate(address, number, door, gate):
 def watched(directory):
     """A server that has answered, and a Prometheus that saw it before, while and after it did."""
     # A third of the pages that eight requests at once grow to: whatever the order, some wait and some are preempted.
-    engine = Speculating(pages=20, max_num_seqs=8, delay_s=0.03)
+    engine = Speculating(pages=20, max_num_seqs=8, delay_s=0.03, hold_after=2)
     app = make_app(engine, metrics_compat="vllm")
     with listening(app) as address:
-        eventually(lambda: httpx.get(f"http://{address}/ready").status_code, lambda status: status == 200)
+        eventually(lambda: httpx.get(f"http://{address}/ready", timeout=60).status_code, lambda status: status == 200)
         prometheus = Prometheus(directory, address)
         try:
             eventually(lambda: prometheus.value("dspark:generation_tokens_total"), lambda value: value == 0)
-            answers = asyncio.run(generate(address, 12, app.state.service.engine, engine.gate))
+            answers = asyncio.run(generate(address, 12, app.state.service.engine, engine))
             eventually(lambda: engine.has_work, lambda work: not work)
             plain_s = sum(report.plain_ms for report in engine.reports) / 1e3
             metric = "dspark:step_seconds_without_speculation_total"
             eventually(lambda: prometheus.value(metric), lambda value: value and abs(value - plain_s) < 1e-6)
+            prometheus.at = all_seen(prometheus)
             yield Watched(engine, prometheus, answers)
         finally:
             prometheus.close()

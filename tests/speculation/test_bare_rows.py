@@ -30,6 +30,7 @@ def without_drafts(plan: Plan) -> tuple[Row, ...]:
     return tuple(replace(row, max_drafts=0, lookup_only=False) for row in plan.rows)
 
 
+@settings(deadline=None)
 @given(st.lists(ROWS, max_size=6).map(tuple))
 def test_bare_rows_are_the_rows_without_drafts(rows: tuple[Row, ...]) -> None:
     plan = Plan(rows)

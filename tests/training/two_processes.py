@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,19 @@ from dspark_serve.training.parallel import joined
 
 
 def run_in_two(function: Callable[..., None], *arguments: Any) -> None:
-    """function(rank, *arguments) in two processes with torchrun's environment. Raises when one of them does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(_as_rank, (port, function, arguments), nprocs=2)
+    """function(rank, *arguments) in two processes with torchrun's environment. Raises when one of them does.
+
+    As there, the processes meet at a store of the one that starts them: its port is taken before anybody is told of it.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes.spawn(_as_rank, (store.port, function, arguments), nprocs=2)
 
 
 def _as_rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     function(rank, *arguments)
 
 

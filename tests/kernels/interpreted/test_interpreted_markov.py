@@ -135,7 +135,7 @@ def test_programs_that_run_side_by_side_wait_for_each_other() -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(200)
     for process in processes:
         process.kill()
         process.join()
