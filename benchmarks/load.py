@@ -1,10 +1,10 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
-Every arm is an engine of its own. They take turns of a step or two, each on a clock that runs while it works, so that a
-machine that slows down slows down all of them. All serve the same requests, so texts are compared as well: every other
-one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in length, and a round
-ends while the load is still steady: where no further request is there to start. Prompts: a directory of JSON lines
-with "turns", else the sample here.
+Every arm is an engine of its own, of the same weights. They take turns of a step or two, each on a clock that runs while
+it works, so that a machine that slows down slows down all of them. All serve the same requests, so texts are compared
+as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in
+length, and a round ends while the load is still steady: where no further request is there to start. Prompts: a
+directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from load_report import conclude, plots, show
 from dspark_serve.bench.workload import SHIPPED
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
+from dspark_serve.models.loader import load_model, resolve
 from dspark_serve.reports import StepReport
 from dspark_serve.text import Tokenizer
 from dspark_serve.types import Request, SamplingParams
@@ -155,6 +156,9 @@ class Arms:
         self, model: str, kv_cache_gib: float, fixed: list[int], dtype: str = "auto", arms: list[str] | None = None
     ) -> None:
         self._options = {"model": {"model": model, "dtype": dtype}, "cache": {"kv_cache_gib": kv_cache_gib}}
+        self._resolved = resolve(model)
+        # One for all: where in memory a copy of the weights happens to lie makes a step one or two percent longer.
+        self._model = load_model(self._resolved, dtype)
         options: dict[str, dict[str, Any]] = {NONE: {"method": "none"}}
         options |= {f"fixed {k}": {"budget": f"fixed:{k}"} for k in fixed}
         options |= {FULL: {"budget": "full"}, AUTO: {}}
@@ -165,7 +169,8 @@ class Arms:
         self.tokenizer = tokenizer
 
     def _engine(self, speculation: dict[str, Any]) -> Engine:
-        return build_engine(Config.model_validate({**self._options, "speculation": speculation}))
+        config = Config.model_validate({**self._options, "speculation": speculation})
+        return build_engine(config, self._resolved, self._model)
 
     def serve_all(
         self, items: list[Item], arrivals_s: list[float], most: int, draw: random.Random, drain: bool = True

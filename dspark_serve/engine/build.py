@@ -68,8 +68,10 @@ def find_model(config: Config) -> ResolvedModel:
     return resolve(config.model.model, config.model.trust_remote_code)
 
 
-def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engine:
+def build_engine(config: Config, resolved: ResolvedModel | None = None, model: TargetModel | None = None) -> Engine:
     """Load the model, size the K/V pool, put the parts together. `resolved`: where the model is, if that is known.
+
+    model: the same, loaded: engines that take turns in one thread may share it.
 
     Raises ValueError, or the loader's LoadError, with one sentence that says what to do.
     """
@@ -78,7 +80,8 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None) -> Engin
     device = choose_device(config.model.device)
     trust = config.model.trust_remote_code
     resolved = resolved or find_model(config)
-    model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
+    if model is None:
+        model = load_model(resolved, config.model.dtype, str(device), trust, config.model.kernels)
     max_model_len = _max_model_len(config.model.max_model_len, model.info)
     config = config.model_copy(update={"speculation": with_shipped_head(config.speculation, resolved)})
     plan = plan_drafter(config.speculation, model)

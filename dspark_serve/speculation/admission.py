@@ -28,11 +28,11 @@ LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that d
 # costs happen to be underestimated, as many were seen to be lost as kept; and a draft is work in places with no curve.
 HURDLE = 0.05
 
-_PROBE_SHARE = 0.004  # of the time: drafts for rows that would not earn them, to learn whether they would now
-_GLANCE_SHARE = 0.002  # likewise for lookups
+_PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, to learn whether they would now
+_GLANCE_SHARE = 0.001  # likewise for lookups
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_HOLD = 16  # steps that a decision holds for while the rows are the same
+_HOLD = 32  # steps that a decision holds for while the rows are the same
 _ALIKE = 4  # that nobody drafts holds, too, while no more than one row in so many came or went
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement

@@ -24,7 +24,7 @@ from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowR
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_FULL_SHARE = 0.004  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
+_FULL_SHARE = 0.003  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
 _BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _CURVE_POINTS = 48  # at most, of a curve to be shown
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
