@@ -46,9 +46,9 @@ class DraftLogits:
         parts = self.logits, self.log_mass, self.temperature
         return DraftLogits(*(x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x) for x in parts))
 
-    def index_select(self, dim: int, index: Tensor) -> DraftLogits:
-        """Those of rows `index` [n] int64, in that order; dim is 0, as a tensor's would be."""
-        return DraftLogits(*(x.index_select(dim, index) for x in (self.logits, self.log_mass, self.temperature)))
+    def pick(self, index: Tensor) -> DraftLogits:
+        """Those of rows `index` [n] int64, in that order."""
+        return DraftLogits(*(x.index_select(0, index) for x in (self.logits, self.log_mass, self.temperature)))
 
 
 DraftProbs = Tensor | DraftLogits  # [rows, width, vocab] float32, written out or not
@@ -183,22 +183,26 @@ class Proposal:
         return replace(self, confidence=here.get("confidence"), largest=here.get("largest"))
 
     def pick(self, index: Sequence[int]) -> Proposal:
-        """Rows `index` of this proposal, in that order; signals may be on the host while all else is on a device."""
-        here = np.array(index, dtype=np.int64)
+        """Rows `index` of this proposal, in that order, as wide as the longest of them. Signals may be on the host
+        while all else is on a device."""
+        here, n_draft = np.array(index, dtype=np.int64), tuple([self.n_draft[row] for row in index])
         (there,) = to_device(self.tokens.device, here)
+        width = max(n_draft, default=0)
 
-        def signal(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
-            return part.index_select(0, there if part.device == there.device else torch.from_numpy(here))
+        def chosen(part: Tensor) -> Tensor:
+            where = there if part.device == there.device else torch.from_numpy(here)
+            return part[:, :width].index_select(0, where)
 
+        probs = self.draft_probs
+        if probs is not None:
+            probs = probs.first(width).pick(there) if isinstance(probs, DraftLogits) else chosen(probs)
         return Proposal(
-            self.tokens.index_select(0, there),
-            tuple([self.n_draft[row] for row in index]),
-            None if self.draft_probs is None else self.draft_probs.index_select(0, there),
-            signal(self.confidence),
+            chosen(self.tokens),
+            n_draft,
+            probs,
+            None if self.confidence is None else chosen(self.confidence),
             None if self.drafters is None else tuple([self.drafters[row] for row in index]),
-            signal(self.largest),
+            None if self.largest is None else chosen(self.largest),
         )
 
     def trim(self, kept: Sequence[int]) -> Proposal:
