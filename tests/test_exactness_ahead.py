@@ -93,9 +93,8 @@ def test_rows_come_and_go(head, mode):
         request = make_request(
             f"r{index}", prompts()[index], seed=index, temperature=temperature, max_tokens=20 - index, **changes
         )
-        request.speculation = (SpeculationParams(), SpeculationParams(max_draft_tokens=1 + index % 2))[index % 2]
-        if index == 4:
-            request.speculation = SpeculationParams(enabled=False)
+        most = None if index % 2 else index // 2  # one of them none
+        request.speculation = SpeculationParams(enabled=index != 4, max_draft_tokens=most)
         return request
 
     def stops():

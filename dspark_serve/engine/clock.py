@@ -31,14 +31,14 @@ class Span:
     read when the host has waited for it, and says by how much the host waited longer."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
+        self._device = device
         self._marks = [self._mark()]
 
     def _mark(self) -> torch.cuda.Event | float:
-        if not self._gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def end(self) -> None:
