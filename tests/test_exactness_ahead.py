@@ -6,9 +6,10 @@ Also where other rows come than were drafted for: some have ended, been cancelle
 import pytest
 import torch
 
+from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.portfolio import Acceptance
 from dspark_serve.drafters.ready import Ready
-from dspark_serve.engine.drafting import DraftAhead
+from dspark_serve.engine.drafting import DraftAhead, drafting_for
 from dspark_serve.speculation.policies import FixedBudget, KeepAll
 from dspark_serve.tensors import DraftLogits, Proposal
 from dspark_serve.types import Row, SpeculationParams
@@ -269,5 +270,15 @@ def test_ready_drafts_are_those_of_their_rows():
 
 def test_only_a_budget_and_a_device_make_drafts_early():
     """On a CPU nothing is waited for, and a draft for a row that has just ended would be made in vain."""
-    engine = engine_of("dspark_vanilla", ahead=False)
-    assert not isinstance(engine._drafting, DraftAhead)
+    engine, there, here = engine_of("portfolio", ahead=False), torch.device("cuda"), torch.device("cpu")
+    ngram, decides = NgramDrafter(4), deciding_budget(engine.drafter, "generous")
+    chosen = [
+        isinstance(drafting_for(drafter, budget, engine.scheduler, device), DraftAhead)
+        for drafter, budget, device in (
+            (engine.drafter, decides, there),
+            (engine.drafter, decides, here),
+            (engine.drafter, KeepAll(), there),
+            (ngram, decides, there),
+        )
+    ]
+    assert chosen == [True, False, False, False]
