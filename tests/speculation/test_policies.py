@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from dspark_serve.speculation.admission import Allowance
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget, FixedBudget, KeepAll
 from dspark_serve.speculation.verify import verify
@@ -85,6 +86,7 @@ def test_requests_that_become_good_are_found_out(ahead: bool) -> None:
 def test_a_probe_that_is_drafted_ahead_is_verified_whole() -> None:
     """In the step after the one that asked for it, whatever is said of its drafts."""
     server = served(cheap, [0.02] * 8, noise=0.0, ahead=True)
+    server.budget._full = Allowance(0.0)  # nothing else is verified whole
     server.run(200)
     server.drafted.clear()
     server.kept.clear()
