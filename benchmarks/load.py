@@ -1,10 +1,10 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
-Every arm is an engine of its own, of the same weights. They take turns of a step or two, each on a clock that runs while
-it works, so that a machine that slows down slows down all of them. All serve the same requests, so texts are compared
-as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in
-length, and a round ends while the load is still steady: where no further request is there to start. Prompts: a
-directory of JSON lines with "turns", else the sample here.
+Every arm is an engine of its own, of the same weights. They take turns of a step or two, each on a clock that runs
+while it works, so that a machine that slows down slows down all of them. All serve the same requests, so texts are
+compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers
+differ in length, and a round ends while the load is still steady: where no further request is there to start. Prompts:
+a directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ Frozen, complete at construction, shapes in the comments. Must not know: request
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_serve.transfers import to_device
+from dspark_serve.transfers import to_device, to_host
 from dspark_serve.types import GREEDY_TEMPERATURE, RowResult, TokenLogprobs
 
 Floats = npt.NDArray[np.float64]
@@ -44,6 +45,10 @@ class DraftLogits:
         """As rows `index` [n] int64 of more; the others are of no use."""
         parts = self.logits, self.log_mass, self.temperature
         return DraftLogits(*(x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x) for x in parts))
+
+    def pick(self, index: Tensor) -> DraftLogits:
+        """Those of rows `index` [n] int64, in that order."""
+        return DraftLogits(*(x.index_select(0, index) for x in (self.logits, self.log_mass, self.temperature)))
 
 
 DraftProbs = Tensor | DraftLogits  # [rows, width, vocab] float32, written out or not
@@ -166,11 +171,39 @@ class Proposal:
 
     def signals_to_host(self) -> tuple[Floats | None, Floats | None]:
         """`confidence` and `largest`, each [rows, width], slot by slot: in one copy from the device."""
-        given = [signal for signal in (self.confidence, self.largest) if signal is not None]
-        if given and given[0].device.type != "cpu":
-            given = list(torch.stack(given).cpu())
-        values = iter([signal.numpy().astype(np.float64, order="F") for signal in given])
+        given = to_host(*[signal for signal in (self.confidence, self.largest) if signal is not None])
+        values = iter([signal.astype(np.float64, order="F") for signal in given])
         return None if self.confidence is None else next(values), None if self.largest is None else next(values)
+
+    def fetched_with(self, verdict: Verdict) -> Proposal:
+        """The same with `confidence` and `largest` on the host, where one copy brings them and the verdict's tokens."""
+        told = {"confidence": self.confidence, "largest": self.largest}
+        given = {name: signal for name, signal in told.items() if signal is not None}
+        here = dict(zip(given, map(torch.from_numpy, verdict.fetch(*given.values())), strict=True))
+        return replace(self, confidence=here.get("confidence"), largest=here.get("largest"))
+
+    def pick(self, index: Sequence[int]) -> Proposal:
+        """Rows `index` of this proposal, in that order, as wide as the longest of them. Signals may be on the host
+        while all else is on a device."""
+        here, n_draft = np.array(index, dtype=np.int64), tuple([self.n_draft[row] for row in index])
+        (there,) = to_device(self.tokens.device, here)
+        width = max(n_draft, default=0)
+
+        def chosen(part: Tensor) -> Tensor:
+            where = there if part.device == there.device else torch.from_numpy(here)
+            return part[:, :width].index_select(0, where)
+
+        probs = self.draft_probs
+        if probs is not None:
+            probs = probs.first(width).pick(there) if isinstance(probs, DraftLogits) else chosen(probs)
+        return Proposal(
+            chosen(self.tokens),
+            n_draft,
+            probs,
+            None if self.confidence is None else chosen(self.confidence),
+            None if self.drafters is None else tuple([self.drafters[row] for row in index]),
+            None if self.largest is None else chosen(self.largest),
+        )
 
     def trim(self, kept: Sequence[int]) -> Proposal:
         """The first kept[r] drafts of each row; kept[r] <= n_draft[r]."""
@@ -218,6 +251,14 @@ class LogprobTable:
 
 
 @dataclass(frozen=True)
+class Newest:
+    """How texts go on that were just verified, before the host knows: their new anchors."""
+
+    anchors: Tensor  # [rows] int64
+    start: Tensor  # [rows] int64, absolute positions of these
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Outcome of verification: per row the number of accepted drafts and the tokens that follow the anchor."""
 
@@ -231,4 +272,20 @@ class Verdict:
     @cached_property
     def host_tokens(self) -> list[tuple[int, ...]]:
         """Per row the tokens that came out, all but the last of them accepted drafts. One device-to-host copy."""
-        return [tuple([token for token in row if token >= 0]) for row in self.tokens.tolist()]
+        return _without_padding(self.tokens.tolist())
+
+    def fetch(self, *others: Tensor) -> list[npt.NDArray[Any]]:
+        """`others`, on the host: the one copy that brings them brings `host_tokens`, too."""
+        tokens, *rest = to_host(self.tokens, *others)
+        self.__dict__["host_tokens"] = _without_padding(tokens.tolist())  # where cached_property looks
+        return rest
+
+    def newest(self, rows: Sequence[int], known: Sequence[int]) -> Newest:
+        """The anchors of `rows`, which all sample; known: how many of each row's tokens were known before the step."""
+        index, ends = to_device(self.tokens.device, np.array(rows), np.array(known))
+        accepted = self.n_accepted[index]
+        return Newest(self.tokens[index, accepted], ends + accepted)
+
+
+def _without_padding(rows: list[list[int]]) -> list[tuple[int, ...]]:
+    return [tuple([token for token in row if token >= 0]) for row in rows]

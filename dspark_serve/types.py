@@ -250,6 +250,7 @@ class Plan:
     num_preempted: int = 0
     admitted: tuple[str, ...] = ()  # ids of the requests that run for the first time
     known_bare: tuple[Row, ...] = ()  # `bare`, of a plan whose maker has them: a row takes longer to make than to weigh
+    ahead: tuple[int, ...] | None = None  # rows to draft for when the step is over; None: drafts are made before it
 
     @cached_property
     def bare(self) -> tuple[Row, ...]:

@@ -189,10 +189,11 @@ class TestDraftsDependOnTheTokensAlone:
         assert got.accepted > 0
 
 
-def sample(plan, first_seed, count=900):
+def sample(plan, first_seed, count=900, **options):
     """The tokens [count, 3] of many short answers to one prompt, and the run. Hot, because this target is sure of
     itself: at lower temperatures a wrong rule would not be noticed."""
-    engine = make_engine(golden_target(), plan, mode="rejection", page_size=16, seqs=128, tokens=1024, pages=800)
+    room = {"page_size": 16, "seqs": 128, "tokens": 1024, "pages": 800}
+    engine = make_engine(golden_target(), plan, mode="rejection", **room, **options)
     asked = [
         make_request(f"r{i}", prompts()[0], seed=first_seed + i, temperature=3.0, max_tokens=3, ignore_eos=True)
         for i in range(count)
@@ -209,7 +210,10 @@ def sample_without_drafts():
 @pytest.mark.parametrize("head", ["dspark_vanilla", "few_tokens", "eagle3", "portfolio"])
 def test_rejection_mode_has_the_targets_distribution(head):
     """The second and third token of every answer, with the head against without: chi-square."""
-    drafted, got = sample(plan_named(head, "rejection"), 0)
+    assert_targets_distribution(*sample(plan_named(head, "rejection"), 0))
+
+
+def assert_targets_distribution(drafted, got):
     assert 0 < got.accepted < got.kept
     for column in (1, 2):
         samples = (drafted, sample_without_drafts())

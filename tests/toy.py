@@ -13,6 +13,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.build import rule_for
+from dspark_serve.engine.drafting import DraftAhead
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.graphs import StepGraphs
 from dspark_serve.engine.padding import Limits
@@ -112,10 +113,12 @@ def make_engine(
     budget=None,
     prefix_caching=True,
     recorder=None,
+    ahead=False,
 ):
     """An engine around a drafter, or around a DrafterPlan, whose K/V layers then join the target's.
 
-    With a `recorder` its steps are padded and recorded, as on a GPU.
+    With a `recorder` its steps are padded and recorded, as on a GPU; `ahead` drafts are made as there, too, whatever
+    the budget.
     """
     info = model.info
     store = KVStore((*info.kv_layers, *getattr(drafter, "kv_layers", ())), pages, page_size, info.dtype)
@@ -155,7 +158,9 @@ def make_engine(
     )
     graphs = recorder and StepGraphs(model, store, drafter.taps, Limits(seqs, tokens, length), recorder)
     runner = Runner(model, store, drafter.taps, graphs)
-    return Engine(facts, scheduler, drafter, budget or KeepAll(), Batcher(page_size), runner, rule_for(model))
+    batcher, rule, budget = Batcher(page_size), rule_for(model), budget or KeepAll()
+    drafting = DraftAhead(drafter, scheduler, batcher.device) if ahead else None
+    return Engine(facts, scheduler, drafter, budget, batcher, runner, rule, drafting)
 
 
 def make_request(name, prompt, seed=0, **params):

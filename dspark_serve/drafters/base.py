@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from dspark_serve.cache.store import KVStore, LayerGeometry
+from dspark_serve.drafters.ready import Ready
 from dspark_serve.drafters.rows import DraftRows
-from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.tensors import Newest, Proposal, StepBatch, Verdict
 from dspark_serve.types import Row
 
 BlockPass = Callable[[DraftRows], Tensor]  # rows whose context is in the store -> hidden states [rows, block, hidden]
@@ -44,6 +45,19 @@ class Drafter(Protocol):
 
     def release(self, request_id: str) -> None:
         """The request is finished; forget it. Unknown ids are fine."""
+        ...
+
+
+@runtime_checkable
+class AheadDrafter(Drafter, Protocol):
+    """One whose pass of a model can be made at the end of a step, from tokens that the host has not seen yet."""
+
+    def propose(self, rows: Sequence[Row], ready: Ready | None = None) -> Proposal:
+        """As above. With `ready`, what `ahead` gave is all that the model says; every row but `lookup_only` has it."""
+        ...
+
+    def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
+        """The pass for the next step, after `observe`: rows[r].start is the last place that its anchor can be at."""
         ...
 
 

@@ -22,8 +22,9 @@ from dspark_serve.drafters.base import BlockPass, Record
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context, HeadLayer
 from dspark_serve.drafters.native_head import NativeHead
+from dspark_serve.drafters.ready import Ready
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability, proposal
-from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.tensors import Newest, Proposal, StepBatch, Verdict
 from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
 
 if TYPE_CHECKING:
@@ -177,10 +178,16 @@ class DSparkDrafter:
             self._block = record(self._block)
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
-    def propose(self, rows: Sequence[Row]) -> Proposal:
+    def propose(self, rows: Sequence[Row], ready: Ready | None = None) -> Proposal:
+        return self._draft(rows) if ready is None else ready.of(rows)
+
+    def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
+        return self._draft(rows, newest)
+
+    def _draft(self, rows: Sequence[Row], newest: Newest | None = None) -> Proposal:
         self._write_owed(rows)
         head, store = self._head, self._store
-        batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
+        batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device, newest)
         width = max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
         hidden = self._block(batch)[:, :width]
@@ -207,7 +214,7 @@ class DSparkDrafter:
         return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
 
     def _draw_block(self, sampler: MarkovSampler, hidden: Tensor, batch: DraftRows) -> Proposal:
-        """What the loop of `propose` does, in one call; hidden [rows, width, hidden]."""
+        """What the loop of `_draft` does, in one call; hidden [rows, width, hidden]."""
         hidden, s = hidden.transpose(0, 1).contiguous(), batch.sampling
         tokens, largest, told = sampler(
             self._head.base_logits(hidden),

@@ -16,8 +16,9 @@ from torch import Tensor
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.head import Head
 from dspark_serve.drafters.head_layers import Context
+from dspark_serve.drafters.ready import Ready
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability
-from dspark_serve.tensors import Proposal, StepBatch, Verdict
+from dspark_serve.tensors import Newest, Proposal, StepBatch, Verdict
 from dspark_serve.transfers import to_device
 from dspark_serve.types import Row, VerifyMode
 
@@ -50,16 +51,22 @@ class Eagle3Drafter:
         self._drawer = Drawer(mode, head.config.vocab_size)
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row]) -> Proposal:
+    def propose(self, rows: Sequence[Row], ready: Ready | None = None) -> Proposal:
+        if ready is not None:
+            return ready.of(rows)
         able = [index for index, row in enumerate(rows) if row.start > 0]
         if not able:
             return Proposal.empty(len(rows), self._store.keys[0].device)
         proposal = self._chains([rows[index] for index in able])
         return proposal if len(able) == len(rows) else proposal.spread(able, len(rows))
 
-    def _chains(self, rows: Sequence[Row]) -> Proposal:
+    @torch.inference_mode()
+    def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
+        return self._chains(rows, newest)  # an anchor that was just verified has a token before it
+
+    def _chains(self, rows: Sequence[Row], newest: Newest | None = None) -> Proposal:
         head, store, layer = self._head, self._store, self._head.layers[0]
-        batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device)
+        batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device, newest)
         width, count = max(batch.counts), len(rows)
         # Slots 1..start-1 hold entries 0..start-2; entry start-1, with the anchor's embedding, opens the chain.
         slots, visible = batch.context()

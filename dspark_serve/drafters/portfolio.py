@@ -7,6 +7,7 @@ Must not know: verification, budget, how its drafters work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_serve.drafters.base import Drafter
+from dspark_serve.drafters.base import AheadDrafter
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.tensors import DraftLogits, DraftProbs, Proposal, StepBatch, Verdict
+from dspark_serve.drafters.ready import Ready
+from dspark_serve.tensors import DraftLogits, DraftProbs, Newest, Proposal, StepBatch, Verdict
 from dspark_serve.transfers import to_device
 from dspark_serve.types import Row
 
@@ -89,14 +91,16 @@ class Acceptance:
 class PortfolioDrafter:
     """A head and prompt lookup. The head observes every token, and proposes for the rows that need it only."""
 
-    def __init__(self, ngram: NgramDrafter, head: Drafter, head_name: str) -> None:
+    def __init__(self, ngram: NgramDrafter, head: AheadDrafter, head_name: str) -> None:
         self.taps, self.width = head.taps, max(head.width, ngram.width)
         self._ngram, self._head, self._head_name = ngram, head, head_name
         self._acceptance = Acceptance(self.width)
         self._lost: dict[str, int] = {}  # how often a request's lookups lost since one was last used
         self._pending: list[tuple[str, int]] = []  # request and kind of each row that was to draft
+        self._judged: _Judged | None = None  # what became of them, until that is needed
 
-    def propose(self, rows: Sequence[Row]) -> Proposal:
+    def propose(self, rows: Sequence[Row], ready: Ready | None = None) -> Proposal:
+        self._learn()
         found = [self._ngram.look_up(row) for row in rows]
         requests = [row.request.request_id for row in rows]
         counts = [len(drafts) for drafts, _ in found]
@@ -109,10 +113,14 @@ class PortfolioDrafter:
             chosen = self._choose(rows, lines, kinds, np.array(counts))
         self._pending = list(zip(requests, chosen.tolist(), strict=True))
         neural, looked_up = np.flatnonzero(chosen == _HEAD).tolist(), np.flatnonzero(chosen != _HEAD).tolist()
-        drawn = self._head.propose([rows[index] for index in neural]) if neural else None
+        drawn = self._head.propose([rows[index] for index in neural], ready) if neural else None
         copied = Proposal.from_lists([found[index][0] for index in looked_up], _device(drawn)) if looked_up else None
         names = tuple(self._head_name if kind == _HEAD else "ngram" for kind in chosen.tolist())
         return _merge(drawn, neural, copied, looked_up, names, self._acceptance.rates(lines, chosen))
+
+    def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
+        """The head's part. Lookups need the host to know the text, and are made when it does."""
+        return self._head.ahead(rows, newest)
 
     def _choose(self, rows: Sequence[Row], lines: Ints, kinds: Ints, counts: Ints) -> Ints:
         """Which kind drafts for each row, where a lookup of `kinds` [rows] found `counts` [rows] tokens."""
@@ -141,17 +149,36 @@ class PortfolioDrafter:
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         self._head.observe(batch, taps, verdict)
         pending, self._pending = self._pending, []
-        if not pending or not batch.drafts.shape[1]:
+        if pending and batch.drafts.shape[1]:
+            self._judged = _Judged(pending, batch.drafting, batch.sample_lens, verdict)
+
+    def _learn(self) -> None:
+        """From the last step, once its tokens are on the host: asked for within `observe`, they would be waited for
+        before the drafts that are made ahead are."""
+        judged, self._judged = self._judged, None
+        if judged is None:
             return
-        for row, choice in zip(batch.drafting, pending, strict=True):
-            if batch.sample_lens[row] > 1:
-                self._acceptance.record(*choice, batch.sample_lens[row] - 1, len(verdict.host_tokens[row]) - 1)
+        for row, choice in zip(judged.rows, judged.choices, strict=True):
+            if judged.sample_lens[row] > 1:
+                n_accepted = len(judged.verdict.host_tokens[row]) - 1
+                self._acceptance.record(*choice, judged.sample_lens[row] - 1, n_accepted)
 
     def release(self, request_id: str) -> None:
+        self._learn()
         self._lost.pop(request_id, None)
         self._acceptance.release(request_id)
         self._ngram.release(request_id)
         self._head.release(request_id)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A step's rows that were to draft: whose drafts they carried, and where the verdict on them is."""
+
+    choices: Sequence[tuple[str, int]]  # [rows] request and kind
+    rows: Sequence[int]  # [rows] of the batch
+    sample_lens: Sequence[int]  # of the batch's rows
+    verdict: Verdict
 
 
 def _kind(length: int) -> int:
@@ -177,12 +204,17 @@ def _merge(
     tokens = torch.full((rows, width), -1, dtype=torch.int64, device=device)
     at = [np.array(index, dtype=np.int64) for index in (neural, looked_up)]
     rates, *places = to_device(device, confidence[:, :width].astype(np.float32), *at)
-    largest = torch.zeros((rows, width), device=device)
+    said, told_at = device, places
+    if drawn is not None and drawn.largest is not None and drawn.largest.device != device:
+        # Made ahead: the budget has what the head says of them on the host by now, and should find all of it there.
+        said = drawn.largest.device
+        rates, *told_at = to_device(said, confidence[:, :width].astype(np.float32), *at)
+    largest = torch.zeros((rows, width), device=said)
     n_draft = [0] * rows
     probs = None if drawn is None else drawn.draft_probs
     if probs is not None and copied is not None:
         probs = _with_certain(probs, places[0], copied, places[1], rows, width)
-    for part, index, place in ((drawn, neural, places[0]), (copied, looked_up, places[1])):
+    for part, index, place, told in zip((drawn, copied), (neural, looked_up), places, told_at, strict=True):
         if part is None:
             continue
         columns = part.tokens.shape[1]
@@ -190,9 +222,9 @@ def _merge(
         for row, count in zip(index, part.n_draft, strict=True):
             n_draft[row] = count
         if part.confidence is not None:
-            rates[place, :columns] = part.confidence
+            rates[told, :columns] = part.confidence
         if part.largest is not None:
-            largest[place, :columns] = part.largest
+            largest[told, :columns] = part.largest
     return Proposal(tokens, tuple(n_draft), probs, rates, names, largest)
 
 

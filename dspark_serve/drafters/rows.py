@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark_kernels import noise
 from dspark_serve.sampling import Support, argmax, draw, draw_logits, target_probs, target_support
-from dspark_serve.tensors import Proposal, SamplingBatch, StepBatch, Verdict
+from dspark_serve.tensors import Newest, Proposal, SamplingBatch, StepBatch, Verdict
 from dspark_serve.transfers import to_device
 from dspark_serve.types import Row, VerifyMode, signed_seed
 
@@ -31,11 +31,14 @@ class DraftRows:
     pages: Tensor  # [rows, max_pages] int64, padded with 0
     page_size: int
     counts: tuple[int, ...]  # [rows] drafts wanted
-    longest: int  # context of the longest row
+    longest: int  # context of the longest row, or more
     sampling: SamplingBatch  # one sample per row, at the position of the first draft
 
     @staticmethod
-    def build(rows: Sequence[Row], page_size: int, width: int, device: torch.device | str) -> DraftRows:
+    def build(
+        rows: Sequence[Row], page_size: int, width: int, device: torch.device | str, newest: Newest | None = None
+    ) -> DraftRows:
+        """newest: the rows' anchors where the device alone knows them; rows[r].start is the last place possible."""
         start = np.array([row.start for row in rows], dtype=np.int64)
         longest = int(start.max())
         pages = np.zeros((len(rows), DraftRows.width(longest, page_size)), dtype=np.int64)
@@ -44,14 +47,15 @@ class DraftRows:
             line[:count] = row.request.pages[:count]
         params = [row.request.params for row in rows]
         numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
-        whole = np.array(
-            [(r.request.token_ids[r.start], max(r.request.params.top_k, 0), signed_seed(r.request.seed)) for r in rows],
-            dtype=np.int64,
-        )
-        moved = to_device(torch.device(device), pages, *numbers.T, *whole.T, start, start + 1)
-        temperature, top_p, min_p, anchors, top_k, seed, begin, position = moved[1:]
+        whole = np.array([(max(r.request.params.top_k, 0), signed_seed(r.request.seed)) for r in rows], dtype=np.int64)
+        known = [row.request.token_ids[row.start] for row in rows] if newest is None else []
+        anchors = np.array(known, dtype=np.int64)
+        moved = to_device(torch.device(device), pages, *numbers.T, *whole.T, anchors, start, start + 1)
+        temperature, top_p, min_p, top_k, seed, there, begin, position = moved[1:]
+        if newest is not None:
+            there, begin, position = newest.anchors, newest.start, newest.start + 1
         return DraftRows(
-            anchors=anchors,
+            anchors=there,
             start=begin,
             pages=moved[0],
             page_size=page_size,

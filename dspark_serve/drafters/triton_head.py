@@ -21,7 +21,7 @@ from dspark_serve.types import GREEDY_TEMPERATURE, VerifyMode
 
 @dataclass(frozen=True)
 class TritonSampler:
-    """What `DSparkDrafter.propose` does slot by slot, for a head whose bias needs the token before and nothing else."""
+    """What `DSparkDrafter` does slot by slot, for a head whose bias needs the token before and nothing else."""
 
     bias: MarkovHead
     w1: Tensor  # [vocab, rank] contiguous

@@ -17,7 +17,7 @@ import torch
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.config import CacheConfig, Config, SpeculationConfig
-from dspark_serve.drafters.base import BlockPass, DrafterPlan, Record
+from dspark_serve.drafters.base import AheadDrafter, BlockPass, DrafterPlan, Record
 from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
@@ -272,6 +272,7 @@ def _plan_portfolio(config: SpeculationConfig, target: TargetModel) -> DrafterPl
 
     def make(store: KVStore, first_layer: int, record: Record | None = None) -> PortfolioDrafter:
         drafter = head.make(store, first_layer, record)
+        assert isinstance(drafter, AheadDrafter), "every head is"
         wanted = config.num_speculative_tokens
         width = max(drafter.width, LOOKUP_DRAFTS) if wanted is None else wanted
         return PortfolioDrafter(_lookup(config, width, LOOKUP_SHORTEST), drafter, head.name)

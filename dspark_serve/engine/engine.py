@@ -1,11 +1,11 @@
-"""The step: plan, propose, budget, one ragged target forward, verify, observe, commit.
+"""The step: plan, propose, budget, one ragged target forward, verify, observe, commit. On a GPU the next step's drafts
+are made before its tokens are waited for: see drafting.py.
 
 Must not know: text, HTTP, threads. One thread owns an engine; nothing here blocks on anything but arithmetic.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dspark_serve.drafters.base import Drafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.clock import Clock
 from dspark_serve.engine.cores import Cores
+from dspark_serve.engine.drafting import Drafting, drafting_for
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.reports import EngineInfo, EngineStats, StepReport
@@ -39,7 +41,9 @@ class Engine:
         batcher: Batcher,
         runner: Runner,
         rule: Rule = verify,
+        drafting: Drafting | None = None,
     ) -> None:
+        """drafting: None to choose what suits the device and the budget."""
         self._cores = Cores(batcher.device)
         self.info = info
         self.scheduler = scheduler
@@ -48,6 +52,7 @@ class Engine:
         self.batcher = batcher
         self.runner = runner
         self.rule = rule
+        self._drafting = drafting or drafting_for(drafter, budget, scheduler, batcher.device)
 
     @torch.inference_mode()
     def step(self) -> StepReport:
@@ -56,13 +61,12 @@ class Engine:
             return self._step()
 
     def _step(self) -> StepReport:
-        clock = _Clock()
-        plan = self.budget.admit(self.scheduler.plan())
+        clock = Clock()
+        plan = self._drafting.admit(self.scheduler.plan(), self.budget)
         if not plan.rows:
             return StepReport(num_preempted=plan.num_preempted)
         clock.lap("plan")
-        drafting = plan.drafting
-        proposal = self.drafter.propose(drafting) if drafting else Proposal.empty(0)
+        proposal = self._drafting.propose(plan)
         kept = self.budget.choose(plan, proposal)
         clock.lap("propose")
         batch = self.batcher.build(plan, proposal.trim(kept))
@@ -71,6 +75,7 @@ class Engine:
         clock.lap("forward")
         verdict = self.rule(out.logits, batch, self.info.verify_mode)
         self.drafter.observe(batch, out.taps, verdict)
+        clock.within("propose", self._drafting.after(plan, batch, verdict))
         results = _results(plan, proposal, batch, verdict, out.logits, self.info.drafter)
         clock.lap("verify")
         report = self.scheduler.commit(plan, results)
@@ -108,17 +113,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests and pages agree."""
         self.scheduler.check_integrity()
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.phase_ms: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.phase_ms[phase] = (now - self._last) * 1e3
-        self._last = now
 
 
 def _results(

@@ -204,14 +204,22 @@ class Scheduler:
         return tuple(planned)
 
     def _draft_limit(self, row: Row, budget: int) -> int:
-        request, control = row.request, row.request.speculation
-        if not control.enabled:
-            return 0
-        limit = min(self.draft_width, budget, request.max_new_tokens - request.num_generated - 1)
-        if control.max_draft_tokens is not None:
-            limit = min(limit, control.max_draft_tokens)
+        request = row.request
+        limit = min(self._wanted_drafts(request, request.num_generated), budget)
         slots = (len(request.pages) + self.pool.num_available) * self.pool.page_size
         return max(0, min(limit, slots - row.start - 1))
+
+    def _wanted_drafts(self, request: Request, num_generated: int) -> int:
+        """As many as there may be after so many tokens, with room for all; negative when nothing is left to do."""
+        control = request.speculation
+        if not control.enabled:
+            return 0
+        limit = min(self.draft_width, request.max_new_tokens - num_generated - 1)
+        return limit if control.max_draft_tokens is None else min(limit, control.max_draft_tokens)
+
+    def next_drafts(self, request: Request) -> int:
+        """Most drafts that the request may carry after the step it is in, of which one token comes at least."""
+        return max(0, self._wanted_drafts(request, request.num_generated + 1))
 
     # ---- the results
 

@@ -32,7 +32,8 @@ _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 class Budget(Protocol):
     def admit(self, plan: Plan) -> Plan:
-        """Before drafting: the plan with drafts taken from the rows that would not earn them."""
+        """Before drafting: the plan with drafts taken from the rows that would not earn them. Where drafts are made
+        ahead this is about those of the next step, and `choose` gets those that were made in the last."""
         ...
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
@@ -131,6 +132,7 @@ class AutoBudget:
         self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
         self._steps = 0
         self._step = _Step(Load(0, 0, 0, True), (), Members.of(()), 0)
+        self._probed_before: str | None = None  # in the step before
 
     @property
     def margin(self) -> float:
@@ -141,6 +143,7 @@ class AutoBudget:
 
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
+        self._probed_before = self._step.probed
         drafting = plan.drafting
         members, context = self._who(drafting), _context(drafting)
         self._step = step = _Step(Load.of(plan, members, context), drafting, members, context)
@@ -181,7 +184,7 @@ class AutoBudget:
             return proposal.n_draft
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival = survival_of(step.said)
-        load, draft_ms = step.load, self._draft_ms(drafting, signals)
+        load, draft_ms, probed = step.load, self._draft_ms(drafting, signals), self._probed(plan, signals)
         times = load.times(self.cost, total)
         if self.calibrator.mode == "coupled":
             kept = best_of_curve(survival, load.rows, draft_ms, times, self.margin, HURDLE)
@@ -190,10 +193,10 @@ class AutoBudget:
         else:
             kept = early_stop(survival, load.rows, draft_ms, times)
         if self._admission is not None:
-            self._admission.remember(signals, survival, kept, self._steps, step.probed is not None)
-        if step.probed is not None:
-            probed = signals.requests.index(step.probed)
-            kept[probed] = n_draft[probed]
+            self._admission.remember(signals, survival, kept, self._steps, probed is not None)
+        if probed is not None:
+            row = signals.requests.index(probed)
+            kept[row] = n_draft[row]
         # Which row is verified whole is settled by counting, never by what it drafted: legal in every mode.
         whole = self._steps % len(n_draft)
         if kept[whole] < n_draft[whole] and self._full.spend(float(times[n_draft[whole]] - times[0])):
@@ -212,6 +215,12 @@ class AutoBudget:
             largest=largest,
             n_draft=n_draft,
         )
+
+    def _probed(self, plan: Plan, signals: DraftSignals) -> str | None:
+        """The request whose drafts in this step are a probe; one that was drafted for ahead may be gone."""
+        if plan.ahead is None:
+            return self._step.probed
+        return self._probed_before if self._probed_before in signals.requests else None
 
     def _draft_ms(self, rows: Sequence[Row], signals: DraftSignals) -> float:
         """What the draft was expected to take."""
@@ -233,15 +242,18 @@ class AutoBudget:
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
             kept, accepted = int(n_kept.sum()), int(n_accepted.sum())
-            if step.drafted[0]:
-                draft_ms = self.cost.draft_ms(*step.drafted, load.greedy)
             self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
+        passed = step.drafted
+        if plan.ahead is not None:  # what was drafted in this step is for the next
+            passed = len(plan.ahead), _context([plan.rows[index] for index in plan.ahead])
+        if passed[0]:
+            draft_ms = self.cost.draft_ms(*passed, load.greedy)
         plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
         at = load.tokens + kept, load.rows, load.context, sum(phase_ms.values()) - propose_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
         plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
         if draft_ms:
-            self.cost.observe_draft(*step.drafted, propose_ms, load.greedy)
+            self.cost.observe_draft(*passed, propose_ms, load.greedy)
         spent_ms = predicted_ms + draft_ms  # predicted: a process that was stopped for a minute earned nothing
         self._full.earn(spent_ms)
         if self._admission is not None:

@@ -1,4 +1,4 @@
-"""What a step waits for, counted on a pretended device: its tokens, and what the budget looks at to decide.
+"""What a step waits for, counted on a pretended device: one copy, of its tokens and all that the next decision needs.
 
 Whatever would make the host wait for a GPU counts: copies back, copies there that block, single numbers, and results
 whose size depends on values.
@@ -20,12 +20,13 @@ from dspark_serve.drafters.heads import plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.batch import Batcher
+from dspark_serve.engine.drafting import DraftFirst
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.loader import load_model, resolve
 from dspark_serve.speculation.policies import KeepAll
-from dspark_serve.transfers import to_device
+from dspark_serve.transfers import to_device, to_host
 from dspark_serve.types import VerifyMode
 from tests.drafters.golden import GOLDENS
 from tests.test_exactness import deciding_budget
@@ -71,8 +72,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield found
 
 
-def engine_there(drafter: str, mode: VerifyMode = "coupled") -> Engine:
-    """A golden target on the pretended device, with as much of a drafter; a budget decides where it is a head's."""
+def engine_there(drafter: str, mode: VerifyMode = "coupled", judged: bool = True, ahead: bool = True) -> Engine:
+    """A golden target on the pretended device, with as much of a drafter; a budget decides where it is a head's, if it
+    is `judged`. ahead: drafts are made as the engine chooses to; else always at the start of a step."""
     model = load_model(resolve(str(GOLDENS / "target")), "float32", str(pretended.DEVICE))
     width, layers = 3, model.info.kv_layers
     ngram = NgramDrafter(0 if drafter == "none" else width, 1, 3)
@@ -85,21 +87,25 @@ def engine_there(drafter: str, mode: VerifyMode = "coupled") -> Engine:
         PagePool(60, 8), max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, max_queue=9,
         vocab_size=model.info.vocab_size, draft_width=made.width,
     )  # fmt: skip
-    budget = deciding_budget(made, "generous", mode) if plan else KeepAll()
+    budget = deciding_budget(made, "generous", mode) if plan and judged else KeepAll()
     batcher, runner = Batcher(8, model.device), Runner(model, store, made.taps)
-    return Engine(make_engine(toy_model(), mode=mode).info, scheduler, made, budget, batcher, runner)
+    info, drafting = make_engine(toy_model(), mode=mode).info, None if ahead else DraftFirst(made)
+    return Engine(info, scheduler, made, budget, batcher, runner, drafting=drafting)
 
 
 def serve(engine: Engine, counted: Counter[str], *asked: dict[str, Any]) -> list[dict[str, int]]:
-    """What was counted in each step after the first, which has the prompts. Whoever drafts has some verified.
+    """What was counted in each step, of which the first has the prompts: what is set up once was so for another
+    request. Whoever drafts has some verified.
 
     Three requests, greedy but for what is `asked`: of the first, the second, ..., then of the first again.
     """
+    engine.add(make_request("first", [8, 9, 8, 9], temperature=0.0, max_tokens=20, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
     for index in range(3):
         params = {"temperature": 0.0, "max_tokens": 8} | (asked[index % len(asked)] if asked else {})
         prompt = [5 + index, 6, 7, 6, 7, 6, 7]
         engine.add(make_request(f"r{index}", prompt, seed=index, ignore_eos=True, **params))
-    engine.step()
     found, kept = [], 0
     while engine.has_work:
         counted.clear()
@@ -124,28 +130,34 @@ def test_lookups_only_go_there(counted: Counter[str]) -> None:
     check(serve(engine_there("ngram"), counted), {1}, 4)
 
 
-@pytest.mark.parametrize("drafter", ["dspark_vanilla", "eagle3", "portfolio"])
-def test_a_head_is_waited_for_once_more(counted: Counter[str], drafter: str) -> None:
-    """How sure it is of its drafts decides how many are verified; nothing else comes back of them."""
-    check(serve(engine_there(drafter), counted), {1, 2}, 8)
+HEADS = ["dspark_vanilla", "dflash", "eagle3", "portfolio"]
 
 
-@pytest.mark.parametrize("drafter", ["dflash", "eagle3"])
+@pytest.mark.parametrize("drafter", HEADS)
+def test_what_a_head_says_comes_with_the_tokens(counted: Counter[str], drafter: str) -> None:
+    """How sure it is of its drafts decides how many are verified: they are made before the last tokens are fetched."""
+    check(serve(engine_there(drafter), counted), {1}, 10)
+
+
+@pytest.mark.parametrize("drafter", HEADS)
+def test_a_head_that_drafts_first_is_waited_for_once_more(counted: Counter[str], drafter: str) -> None:
+    check(serve(engine_there(drafter, ahead=False), counted), {1, 2}, 8)
+
+
+@pytest.mark.parametrize("drafter", ["dflash", "eagle3", "portfolio"])
 def test_a_head_that_nobody_judges_is_not_waited_for(counted: Counter[str], drafter: str) -> None:
-    engine = engine_there(drafter)
-    engine.budget = KeepAll()
-    check(serve(engine, counted), {1}, 6)
+    check(serve(engine_there(drafter, judged=False), counted), {1}, 8 if drafter == "portfolio" else 6)
 
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
-@pytest.mark.parametrize("drafter", ["ngram", "dspark_vanilla", "dflash", "eagle3"])
+@pytest.mark.parametrize("drafter", ["ngram", *HEADS])
 def test_sampling_is_not_waited_for(counted: Counter[str], drafter: str, mode: VerifyMode) -> None:
     """However target and drafter draw, filter and penalise, the copies are those of greedy requests."""
-    engine, back = engine_there(drafter, mode), {1} if drafter == "ngram" else {1, 2}
+    engine = engine_there(drafter, mode)
     sampled = {"temperature": 0.8, "max_tokens": 8 if drafter == "ngram" else 5}  # the text must repeat itself first
-    check(serve(engine, counted, sampled, sampled | {"temperature": 0.0}), back, 10)
+    check(serve(engine, counted, sampled, sampled | {"temperature": 0.0}), {1}, 10)
     filters: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.9, "frequency_penalty": 0.5}, {"min_p": 0.1}]
-    check(serve(engine, counted, *(sampled | each for each in filters)), back, 10)
+    check(serve(engine, counted, *(sampled | each for each in filters)), {1}, 12)
 
 
 @pytest.mark.parametrize("asked", [{"logprobs": 3}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)}])
@@ -183,3 +195,20 @@ def test_arrays_go_there_in_one_copy(counted: Counter[str]) -> None:
             assert each.is_contiguous()
             np.testing.assert_array_equal(each.numpy(), array, strict=True)
         assert there.storage_offset() * there.itemsize % 16 == 0
+
+
+def test_tensors_come_back_in_one_copy(counted: Counter[str]) -> None:
+    here = [
+        torch.tensor([True, False, True]),
+        torch.arange(12).view(3, 4).T,
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.tensor([[0.5, float("-inf"), float("nan")]]),
+        torch.tensor([-(1 << 63), 7]),
+    ]
+    there = [tensor.to(pretended.DEVICE) for tensor in here]
+    counted.clear()
+    fetched = to_host(*there)
+    assert counted == {"copy back": 1}
+    for tensor, *arrays in zip(here, fetched, to_host(*here), strict=True):
+        for array in arrays:
+            np.testing.assert_array_equal(array, tensor.numpy(), strict=True)

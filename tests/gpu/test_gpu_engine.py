@@ -152,9 +152,11 @@ def test_drafts_change_no_text(files: tuple[Path, Path], dtype: str, tolerance: 
 
 @pytest.mark.skipif(REHEARSAL, reason="needs a CUDA GPU: a CPU is not waited for")
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])
-def test_a_step_waits_for_what_it_brings_back(files: tuple[Path, Path], mode: str) -> None:
-    """Tokens, and the log-probabilities that these requests ask for. The first steps set things up."""
-    assert set(serve(files, "bfloat16", verify_mode=mode).waits[3:]) == {2}
+@pytest.mark.parametrize("budget", ["full", "auto"])
+def test_a_step_waits_for_what_it_brings_back(files: tuple[Path, Path], mode: str, budget: str) -> None:
+    """Tokens, with what a budget goes by next, and the log-probabilities that these requests ask for. The first steps
+    set things up."""
+    assert set(serve(files, "bfloat16", verify_mode=mode, budget=budget).waits[3:]) == {2}
 
 
 @pytest.mark.skipif(REHEARSAL, reason="needs a CUDA GPU: interpreted, measuring what steps cost takes minutes")

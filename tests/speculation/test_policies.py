@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from dspark_serve.speculation.admission import Allowance
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget, FixedBudget, KeepAll
 from dspark_serve.speculation.verify import verify
@@ -41,9 +42,10 @@ SITUATIONS = {
 
 @pytest.mark.parametrize("name", SITUATIONS)
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_never_worse_than_what_one_could_have_fixed(name: str, spread: float) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_never_worse_than_what_one_could_have_fixed(name: str, spread: float, ahead: bool) -> None:
     step_ms, rates = SITUATIONS[name]
-    server = served(step_ms, rates, spread=spread)
+    server = served(step_ms, rates, spread=spread, ahead=ahead)
     server.run(100)
     reached = server.run(500)
     assert reached >= 0.98 * reference(server, None)
@@ -51,17 +53,19 @@ def test_never_worse_than_what_one_could_have_fixed(name: str, spread: float) ->
         assert reached >= 0.97 * reference(server, FixedBudget(count))
 
 
-def test_hopeless_drafts_are_soon_not_made() -> None:
-    server = served(cheap, [0.02] * 8)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_hopeless_drafts_are_soon_not_made(ahead: bool) -> None:
+    server = served(cheap, [0.02] * 8, ahead=ahead)
     server.run(60)
     server.drafted.clear()
     server.run(1000)
     assert np.mean(np.array(server.drafted) > 0) < 0.05
 
 
-def test_experiments_cost_one_percent_at_most() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_experiments_cost_one_percent_at_most(ahead: bool) -> None:
     """Nothing here is worth drafting or verifying: whatever time goes into it is experiments."""
-    server = served(cheap, [0.02] * 8, noise=0.0)
+    server = served(cheap, [0.02] * 8, noise=0.0, ahead=ahead)
     server.run(100)
     now_ms, steps = server.now_ms, 1500
     server.run(steps)
@@ -69,13 +73,38 @@ def test_experiments_cost_one_percent_at_most() -> None:
     assert 0 < spent_ms < 0.01 * (server.now_ms - now_ms)
 
 
-def test_requests_that_become_good_are_found_out() -> None:
-    server = served(cheap, [0.02] * 4)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_requests_that_become_good_are_found_out(ahead: bool) -> None:
+    server = served(cheap, [0.02] * 4, ahead=ahead)
     server.run(200)
     assert sum(server.drafted[-100:]) < 20
     server.rates[:] = [0.9] * 4
     server.run(800)
     assert np.mean(np.array(server.drafted[-100:]) == 4) > 0.9
+
+
+def test_a_probe_that_is_drafted_ahead_is_verified_whole() -> None:
+    """In the step after the one that asked for it, whatever is said of its drafts."""
+    server = served(cheap, [0.02] * 8, noise=0.0, ahead=True)
+    server.budget._full = Allowance(0.0)  # nothing else is verified whole
+    server.run(200)
+    server.drafted.clear()
+    server.kept.clear()
+    server.run(1500)
+    probed = [step for step, rows in enumerate(server.drafted[:-1]) if rows == 1]
+    assert len(probed) > 3
+    assert all(server.kept[step + 1] == [WIDTH] for step in probed)
+
+
+def test_a_pass_is_learned_from_in_the_step_that_makes_it() -> None:
+    """Ahead of its drafts: of the rows it is for, and of no others."""
+    made, seen = budget(cost(cheap, drafting)), []
+    made.cost.observe_draft = lambda rows, context, ms, greedy: seen.append((rows, ms))  # type: ignore
+    server = Server(made, cheap, drafting, [0.8] * 3, noise=0.0, ahead=True)
+    server.run(5)
+    assert server.drafted == [3] * 5
+    assert seen == [(3, drafting(3))] * 5
+    assert [len(kept) for kept in server.kept] == [0, 3, 3, 3, 3]
 
 
 def test_one_good_request_drafts_among_bad_ones() -> None:

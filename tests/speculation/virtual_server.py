@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from dspark_serve.drafters.ready import Ready
+from dspark_serve.engine.drafting import DraftAhead
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import CostModel, Point, Profile
 from dspark_serve.speculation.policies import AutoBudget, KeepAll
@@ -44,6 +47,7 @@ class Server:
     limit: int | None = None  # max_draft_tokens of the requests
     ending: frozenset[str] = frozenset()  # requests with room for one draft before they end
     found: float = 0.5  # acceptance of what rows look up that may not draft otherwise; 0: they find nothing
+    ahead: bool = False  # drafts are made at the end of the step before
     now_ms: float = 0.0
     tokens: int = 0
     drafted: list[int] = field(default_factory=list)  # rows that drafted, per step
@@ -56,12 +60,14 @@ class Server:
         for row in range(len(self.rates)):
             params = SamplingParams(temperature=self.temperature)
             self.requests.append(Request(f"r{row}", (1,), params, seed=row))
+        scheduler = SimpleNamespace(next_drafts=lambda request: WIDTH)
+        self.early = DraftAhead(None, scheduler, torch.device("cpu"))  # type: ignore[arg-type]
 
     def step(self) -> None:
         width = WIDTH if self.limit is None else self.limit
         rooms = [1 if request.request_id in self.ending else width for request in self.requests]
         plan = Plan(tuple(Row(request, 99, 1, True, room) for request, room in zip(self.requests, rooms, strict=True)))
-        plan = self.budget.admit(plan)
+        plan = self.early.admit(plan, self.budget) if self.ahead else self.budget.admit(plan)
         drafting = plan.drafting
         looking = [row.lookup_only for row in drafting]
         rates = [
@@ -80,6 +86,9 @@ class Server:
         assert all(0 <= k <= row.max_drafts for k, row in zip(kept, drafting, strict=True))
         took_ms = {"forward": self.step_ms(len(plan.rows) + sum(kept)) * self.disturbance()}
         passes = len(rates) - sum(looking)
+        if plan.ahead is not None:
+            passes = len(plan.ahead)
+            self.early._ready = Ready(Proposal.empty(0), {plan.rows[index].request: (0, 99) for index in plan.ahead})
         took_ms["propose"] = self.draft_ms(passes) * self.disturbance() if passes else 0.01 + LOOKING_MS * len(rates)
         accepted = np.logical_and.accumulate(self.draw.random(shape) < confidence, axis=1).sum(1).tolist()
         outcome = iter(zip(kept, accepted, strict=True))

@@ -104,25 +104,26 @@ def test_plain_decoding_says_what_torch_says(files: tuple[Path, Path], plain: Co
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-@pytest.mark.parametrize("drafter", ["none", "right", "random", "head"])
+@pytest.mark.parametrize("drafter", ["none", "right", "random", "head", "ahead"])
 def test_same_bits(
     files: tuple[Path, Path], plain: Collected, drafter: str, chunk: int | None, launched: Counter[str]
 ) -> None:
-    if drafter == "head":
+    """Drafts are "ahead" where the head makes them at the end of the step before."""
+    if drafter in ("head", "ahead"):
         made: object = head(files, "triton", "coupled")
     else:
         truth = {r.request_id: [*r.prompt_token_ids, *plain.tokens[r.request_id]] for r in requests()}
         made = drafter_named(drafter, truth, SHAPE.vocab)
-    got = serve(model(files[0], "triton"), made, requests(), chunk=chunk)
+    got = serve(model(files[0], "triton"), made, requests(), chunk=chunk, ahead=drafter == "ahead")
     assert got == plain
-    assert set(launched) == LAYERS | COUPLED | ({"markov_kernel"} if drafter == "head" else set())
+    assert set(launched) == LAYERS | COUPLED | ({"markov_kernel"} if drafter in ("head", "ahead") else set())
     if drafter == "right":
         assert got.accepted == got.kept > 0
     elif drafter != "none":
         assert 0 < got.accepted < got.kept
 
 
-@pytest.mark.parametrize("drafter", ["head", "random"])
+@pytest.mark.parametrize("drafter", ["head", "ahead", "random"])
 def test_rejection_is_that_of_the_torch_engine(
     files: tuple[Path, Path], plain: Collected, drafter: str, launched: Counter[str]
 ) -> None:
@@ -130,13 +131,14 @@ def test_rejection_is_that_of_the_torch_engine(
     truth = {r.request_id: [*r.prompt_token_ids, *plain.tokens[r.request_id]] for r in requests()}
     both = []
     for kernels in ("torch", "triton"):
-        made = head(files, kernels, "rejection") if drafter == "head" else drafter_named("random", truth, SHAPE.vocab)
-        both.append(serve(model(files[0], kernels), made, requests(), mode="rejection"))
+        made = drafter_named("random", truth, SHAPE.vocab) if drafter == "random" else head(files, kernels, "rejection")
+        served = serve(model(files[0], kernels), made, requests(), mode="rejection", ahead=drafter == "ahead")
+        both.append(served)
     torchs, got = both
     assert got.tokens == torchs.tokens
     assert (got.accepted, got.kept) == (torchs.accepted, torchs.kept)
     assert 0 < got.accepted < got.kept
-    assert set(launched) == LAYERS | REJECTION | ({"markov_kernel"} if drafter == "head" else set())
+    assert set(launched) == LAYERS | REJECTION | (set() if drafter == "random" else {"markov_kernel"})
 
 
 def test_drafts_and_confidences_are_those_of_the_torch_engine(files: tuple[Path, Path]) -> None:
