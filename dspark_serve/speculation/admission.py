@@ -24,9 +24,9 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that does
-# What drafts must promise over doing without. Of promises smaller than this, which come from the few places where the
-# costs happen to be underestimated, as many were seen to be lost as kept; and a draft is work in places with no curve.
-HURDLE = 0.05
+# What drafts must promise over doing without: costs are known to a few percent, and a draft is work in places that have
+# no curve.
+HURDLE = 0.02
 
 _PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _GLANCE_SHARE = 0.001  # likewise for lookups

@@ -7,7 +7,7 @@ import pytest
 
 from dspark_serve.config import load_config
 from dspark_serve.engine import build, profile
-from dspark_serve.engine import engine as steps
+from dspark_serve.engine import clock as steps
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.profile import Rig, Shape, shapes, sweep
 from dspark_serve.llm import LLM, SamplingParams

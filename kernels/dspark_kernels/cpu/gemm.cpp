@@ -65,7 +65,7 @@ struct Work {  // a panel, or it and the next, for all rows
     int64_t bytes;  // of a panel
 };
 
-template <class Weights, int PANELS, int ROWS>
+template <class Weights, bool ONCE, int PANELS, int ROWS>
 void tile(const Work& w, int64_t row) {
     Vec sums[ROWS][PANELS][2];
     Weights weights[PANELS];
@@ -75,11 +75,11 @@ void tile(const Work& w, int64_t row) {
     }
     const float* from = w.x + row * w.stride;
     for (int64_t start = 0; start < w.p.inputs; start += w.p.group) {
-        for (int n = 0; n < PANELS; n++) weights[n].open();
+        for (int n = 0; n < PANELS; n++) weights[n].template open<ONCE>();
         for (int64_t i = start; i < start + w.p.group; i++) {
             for (int n = 0; n < PANELS; n++) {
                 Vec low, high;
-                weights[n].next(low, high);
+                weights[n].template next<ONCE>(low, high);
                 for (int r = 0; r < ROWS; r++) {
                     Vec value = broadcast(from[r * w.stride + i]);
                     sums[r][n][0] = fma(value, low, sums[r][n][0]);
@@ -93,9 +93,9 @@ void tile(const Work& w, int64_t row) {
     }
 }
 
-template <class Weights, int PANELS, int... ROWS>
+template <class Weights, bool ONCE, int PANELS, int... ROWS>
 void choose(const Work& w, int64_t row, int64_t rows, std::integer_sequence<int, ROWS...>) {
-    constexpr void (*tiles[])(const Work&, int64_t) = {tile<Weights, PANELS, ROWS + 1>...};
+    constexpr void (*tiles[])(const Work&, int64_t) = {tile<Weights, ONCE, PANELS, ROWS + 1>...};
     tiles[rows - 1](w, row);
 }
 
@@ -112,7 +112,9 @@ void all_rows(const Work& w) {
     int64_t rows = w.p.rows, tiles = (rows + HIGHEST - 1) / HIGHEST;
     for (int64_t t = 0; t < tiles; t++) {
         int64_t row = rows * t / tiles, stop = rows * (t + 1) / tiles;
-        choose<Weights, 1>(w, row, stop - row, std::make_integer_sequence<int, HIGHEST>{});
+        auto heights = std::make_integer_sequence<int, HIGHEST>{};
+        if (tiles == 1) choose<Weights, true, 1>(w, row, stop - row, heights);
+        else choose<Weights, false, 1>(w, row, stop - row, heights);
     }
 }
 
@@ -125,10 +127,10 @@ void decoded(const Work& w) {
     float* to = floats.data();
     Weights weights(w.weights, w.p.group);
     for (int64_t start = 0; start < w.p.inputs; start += w.p.group) {
-        weights.open();
+        weights.template open<true>();
         for (int64_t i = start; i < start + w.p.group; i++, to += PANEL) {
             Vec low, high;
-            weights.next(low, high);
+            weights.template next<true>(low, high);
             store(to, low);
             store(to + LANES, high);
         }
@@ -148,7 +150,7 @@ void all_panels(Member& member, const Product& p, const float* x, int64_t stride
         Work work{p, x, stride, panel, p.packed + panel * bytes, bytes};
         if constexpr (PAIRED > 0) {
             if (step == 2 && panel + 1 < panels) {
-                return choose<Weights, 2>(work, 0, p.rows, std::make_integer_sequence<int, PAIRED>{});
+                return choose<Weights, true, 2>(work, 0, p.rows, std::make_integer_sequence<int, PAIRED>{});
             }
         }
         decoded<Weights>(work);

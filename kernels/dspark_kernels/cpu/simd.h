@@ -39,6 +39,7 @@ inline Vec power_of_two(Vec n) {  // 2^n for whole n in [-126, 128]
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_once(const char* p) { _mm_prefetch(p, _MM_HINT_NTA); }
 inline Vec load_bfloat16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -105,6 +106,7 @@ inline Vec power_of_two(Vec n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_once(const char* p) { _mm_prefetch(p, _MM_HINT_NTA); }
 inline Vec load_bfloat16(const uint16_t* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -161,6 +163,7 @@ inline Vec power_of_two(Vec n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline void prefetch_once(const char* p) { __builtin_prefetch(p, 0, 0); }
 inline Vec load_bfloat16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline Vec load_float16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline Vec load_codes8(const int8_t* p) {
@@ -220,6 +223,7 @@ inline Vec power_of_two(Vec n) {  // of NaN, which has no whole number, any
     });
 }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline void prefetch_once(const char* p) { __builtin_prefetch(p, 0, 0); }
 inline Vec load_bfloat16(const uint16_t* p) {
     return map([&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
 }

@@ -17,14 +17,20 @@ enum Storage : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES4, CODES8, HALF_CODES4
 constexpr int64_t LINE = 64;     // bytes the memory hands over at once
 constexpr int64_t AHEAD = 2048;  // bytes that prefetching runs ahead of a panel's stream
 
+// ONCE: nobody reads these again before a step's weights have gone through the caches, which then may keep what the next
+// step finds there: its keys and values, and all that the host looks at (a third of the host's time).
+template <bool ONCE>
 inline void prefetch_bytes(const char* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += LINE) prefetch(reinterpret_cast<const float*>(from + AHEAD + i));
+    for (const char* p = from + AHEAD; p < from + AHEAD + bytes; p += LINE) {
+        if (ONCE) prefetch_once(p);
+        else prefetch(reinterpret_cast<const float*>(p));
+    }
 }
 
 inline Vec widen(const float* from) { return load(from); }
 inline Vec widen(const uint16_t* from) { return load_float16(from); }
 
-// Readers of a panel: `open` before each group of inputs, `next` for each input.
+// Readers of a panel: `open` before each group of inputs, `next` for each input. ONCE: see prefetch_bytes.
 
 struct Floats {
     static constexpr int SPARE = 3;  // vector registers a tile needs beside its sums
@@ -33,9 +39,11 @@ struct Floats {
     Floats() = default;
     Floats(const char* panel, int64_t) : at(reinterpret_cast<const float*>(panel)) {}
     static int64_t group_bytes(int64_t group) { return group * PANEL * 4; }
+    template <bool ONCE>
     void open() {}
+    template <bool ONCE>
     void next(Vec& low, Vec& high) {
-        prefetch_bytes(reinterpret_cast<const char*>(at), PANEL * 4);
+        prefetch_bytes<ONCE>(reinterpret_cast<const char*>(at), PANEL * 4);
         low = load(at);
         high = load(at + LANES);
         at += PANEL;
@@ -50,9 +58,11 @@ struct Halves {
     Halves() = default;
     Halves(const char* panel, int64_t) : at(reinterpret_cast<const uint16_t*>(panel)) {}
     static int64_t group_bytes(int64_t group) { return group * PANEL * 2; }
+    template <bool ONCE>
     void open() {}
+    template <bool ONCE>
     void next(Vec& low, Vec& high) {
-        prefetch_bytes(reinterpret_cast<const char*>(at), PANEL * 2);
+        prefetch_bytes<ONCE>(reinterpret_cast<const char*>(at), PANEL * 2);
         low = LOAD(at);
         high = LOAD(at + LANES);
         at += PANEL;
@@ -73,8 +83,9 @@ struct Codes {
     Codes() = default;
     Codes(const char* panel, int64_t group) : at(panel), group(group) {}
     static int64_t group_bytes(int64_t group) { return 2 * PANEL * sizeof(Scale) + group * STEP; }
+    template <bool ONCE>
     void open() {
-        prefetch_bytes(at, group_bytes(group));
+        prefetch_bytes<ONCE>(at, group_bytes(group));
         const Scale* scales = reinterpret_cast<const Scale*>(at);
         low_scale = widen(scales);
         high_scale = widen(scales + LANES);
@@ -82,6 +93,7 @@ struct Codes {
         high_minimum = widen(scales + PANEL + LANES);
         at += 2 * PANEL * sizeof(Scale);
     }
+    template <bool>
     void next(Vec& low, Vec& high) {
         if (BITS == 4) {
             load_codes4(reinterpret_cast<const uint8_t*>(at), low, high);
