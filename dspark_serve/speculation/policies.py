@@ -18,6 +18,7 @@ from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.recent import Members
+from dspark_serve.speculation.resting import Rest
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowResult
 
@@ -131,6 +132,8 @@ class AutoBudget:
         self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
         self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
         self._steps = 0
+        self._rest: Rest | None = None
+        self._resting = False  # in this step
         self._step = _Step(Load(0, 0, 0, True), (), Members.of(()), 0)
         self._probed_before: str | None = None  # in the step before
 
@@ -143,6 +146,9 @@ class AutoBudget:
 
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
+        self._resting = self._rest is not None and self._rest.goes_on(plan)
+        if self._resting:
+            return Plan(plan.bare, plan.num_preempted, plan.admitted, plan.bare)
         self._probed_before = self._step.probed
         drafting = plan.drafting
         members, context = self._who(drafting), _context(drafting)
@@ -235,8 +241,11 @@ class AutoBudget:
     def learn(
         self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
     ) -> BudgetReport | None:
-        step, load, kept, accepted, draft_ms = self._step, self._step.load, 0, 0, 0.0
         propose_ms = phase_ms.get("propose", 0.0)
+        step_ms = sum(phase_ms.values()) - propose_ms
+        if self._resting and self._rest is not None:
+            return self._rest.add(step_ms)
+        step, load, kept, accepted, draft_ms = self._step, self._step.load, 0, 0, 0.0
         if step.signals is not None and step.said is not None:  # else there were no drafts
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
@@ -249,12 +258,13 @@ class AutoBudget:
         if passed[0]:
             draft_ms = self.cost.draft_ms(*passed, load.greedy)
         plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
-        at = load.tokens + kept, load.rows, load.context, sum(phase_ms.values()) - propose_ms, load.greedy
+        at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
         plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
         if draft_ms:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
-        spent_ms = predicted_ms + draft_ms  # predicted: a process that was stopped for a minute earned nothing
+        # Predicted: a process that was stopped for a minute earned nothing.
+        spent_ms = predicted_ms + draft_ms + self._learn_rest()
         self._full.earn(spent_ms)
         if self._admission is not None:
             over_ms = 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0)
@@ -262,7 +272,18 @@ class AutoBudget:
             if step.glance and step.probed is None:
                 lost_ms = max(predicted_ms - plain_ms[0] - accepted * plain_ms[1], 0.0)
             self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms, lost_ms)
-        return BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
+        report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
+        if self._admission is not None:
+            self._rest = Rest.after(plan, load, report)
+        return report
+
+    def _learn_rest(self) -> float:
+        """From the steps since the last look, as one; what they were to take, together."""
+        rest, self._rest = self._rest, None
+        if rest is None or not rest.steps:
+            return 0.0
+        load = rest.load
+        return rest.steps * self.cost.observe_step(load.tokens, load.rows, load.context, rest.mean_ms, load.greedy)
 
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""

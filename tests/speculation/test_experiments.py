@@ -186,7 +186,8 @@ def test_what_the_drafts_of_a_glance_lose_is_paid_from_the_glances(right: bool) 
     server = settled(made := budget(cost(cheap, drafting), lookup=True), cheap)
     admission = made._admission
     assert admission is not None
-    admission._held, admission._probes.saved_ms, admission._glances.saved_ms = None, -1e9, 1e3
+    made._rest, admission._held = None, None  # it looks
+    admission._probes.saved_ms, admission._glances.saved_ms = -1e9, 1e3
     server.found = 0.99
     outcome = np.zeros if right else np.ones  # below the stated probability, or not
     server.draw = SimpleNamespace(random=outcome, normal=lambda mean, spread, shape=(): np.zeros(shape))  # type: ignore[assignment]
