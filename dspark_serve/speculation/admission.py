@@ -209,7 +209,8 @@ class Admission:
         """Lets the row that has not drafted for longest draft all the same, and rows look up, once that is saved up.
 
         A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
-        blocks: where drafting nearly pays it costs next to nothing, and there it is most needed.
+        blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where drafts would not
+        pay if all of them were right, and all rows shared a pass, nothing is there to be learned.
         """
         costly, lookup, glance = admitted.costly, admitted.lookup, False
         if self._lookup and not (costly.any() or lookup.any()) and self._glances.spend(self._lookup_ms * len(rows)):
@@ -222,19 +223,26 @@ class Admission:
         if last_steps[index] == np.inf:
             return Admitted(costly, lookup, glance=glance)
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
-        probed, spent_ms = None, self._whole_block_ms(load, count, rows[index].start + 1, drafts)
+        context, verify_ms = rows[index].start + 1, self._verify_ms(load, drafts)
+        if drafts * plain_ms / load.rows <= verify_ms + self._pass_ms(load, len(rows), context) / len(rows):
+            return Admitted(costly, lookup, glance=glance)
+        probed = None
+        spent_ms = verify_ms + self._pass_ms(load, count, context) - self._pass_ms(load, count - 1, context)
         saved_ms = float(gain[index]) * plain_ms / load.rows
         if self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
             costly, lookup, probed = costly.copy(), lookup.copy(), members.requests[index]
             costly[index], lookup[index] = True, False
         return Admitted(costly, lookup, probed, glance)
 
-    def _whole_block_ms(self, load: Load, count: int, context: int, drafts: int) -> float:
-        """What the last of `count` rows with so much context each adds to a step: a pass, and its drafts verified."""
-        cost, at = self._cost, (load.rows, load.context, load.greedy)
-        passes = [cost.draft_ms(rows, context * rows, load.greedy) for rows in (count - 1, count)]
-        steps = [cost.step_ms(load.tokens + n, *at, n * load.keys_per_draft) for n in (0, drafts)]
-        return passes[1] - passes[0] + max(steps[1] - steps[0], 0.0)
+    def _verify_ms(self, load: Load, drafts: int) -> float:
+        """What verifying so many drafts adds to a step."""
+        at = load.rows, load.context, load.greedy
+        steps = [self._cost.step_ms(load.tokens + n, *at, n * load.keys_per_draft) for n in (0, drafts)]
+        return max(steps[1] - steps[0], 0.0)
+
+    def _pass_ms(self, load: Load, rows: int, context: int) -> float:
+        """A pass for so many rows with so much context each."""
+        return self._cost.draft_ms(rows, context * rows, load.greedy)
 
     def _may_draft_whole(self, row: Row) -> bool:
         """Not so just before a request's end: such probes are cheap, and would take the place of all that say more."""

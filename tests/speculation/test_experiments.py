@@ -221,3 +221,17 @@ def test_what_is_ruled_out_at_a_glance_would_not_have_drafted(
             patch.setattr(admission, "_may_pay", lambda *args: True)
             assert decisions(rate) == quick
     assert 0 < sum(asked) < len(asked)
+
+
+@pytest.mark.parametrize(("per_token_ms", "probes"), [(20.0, False), (15.0, True)])
+def test_nothing_is_probed_where_the_best_drafts_would_not_pay(per_token_ms: float, probes: bool) -> None:
+    """A token of sixteen rows takes a sixteenth of a step, and so does a draft, its share of a pass not included."""
+
+    def step_ms(tokens: int) -> float:
+        return 10 + per_token_ms * tokens + (5.0 * 16 if probes else 0.0)
+
+    server = served(step_ms, [0.02] * 16, noise=0.0, found=0.0)
+    server.run(200)
+    server.drafted.clear()
+    server.run(3000)
+    assert (sum(server.drafted) > 0) == probes
