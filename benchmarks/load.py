@@ -1,6 +1,6 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
-Every arm is an engine of its own, of the same weights. They take turns of a step or two, each on a clock that runs
+Every arm is an engine of its own, of the same weights. They take turns of some steps, each on a clock that runs
 while it works, so that a machine that slows down slows down all of them. All serve the same requests, so texts are
 compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers
 differ in length, and a round ends while the load is still steady: where no further request is there to start. Prompts:
@@ -34,7 +34,7 @@ from dspark_serve.types import Request, SamplingParams
 
 SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, FULL, AUTO = "none", "full", "budget"
-_TURN_S = 0.04
+_TURN_S = 0.12  # some steps: what an engine finds in the caches is mostly its own, as on a server
 _numbers = itertools.count()  # of requests
 _LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
 _FEWEST = 12  # requests of a round

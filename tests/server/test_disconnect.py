@@ -22,7 +22,13 @@ class Client:
             "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
             "headers": headers, "server": ("test", 80), "client": ("test", 1), "state": {},
         }  # fmt: skip
-        self.task = asyncio.create_task(app(self._scope, self._inbox.get, self._send))
+        self.task = asyncio.create_task(app(self._scope, self._receive, self._send))
+
+    async def _receive(self):
+        message = await self._inbox.get()
+        if message["type"] == "http.disconnect":  # from then on whoever asks is told, as by uvicorn
+            self._inbox.put_nowait(message)
+        return message
 
     async def _send(self, message):
         self.sent.append(message)
