@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class DecoderStack:
     ) -> Tensor | None:
         """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
         tokens, width = hidden.shape
-        self._at(keys, values)
+        self._store = into_layers(self._layers, keys, values, self._store)
         first = self._weights[0]
         sizes = (width, first.qkv.outputs, self._heads * self._head_dim, width, first.gate_up.outputs)
         scratch = hidden.new_empty(tokens * sum(sizes))
@@ -111,17 +112,6 @@ class DecoderStack:
         self._kernels.library.dspark_decoder(ctypes.byref(decoder))
         del column, scratch  # had to live until here
         return tapped
-
-    def _at(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Where the layers' keys and values are: mostly where they were in the step before."""
-        if len(keys) != len(self._layers) or len(values) != len(self._layers):
-            raise ValueError(f"{len(self._layers)} layers with keys for {len(keys)} and values for {len(values)}")
-        store = [*keys, *values]
-        if len(store) == len(self._store) and all(map(operator.is_, store, self._store)):
-            return
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
-        self._store = store
 
     def _attention(
         self, page_size: int, tokens: int, slots: Tensor, pages: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]
@@ -151,6 +141,18 @@ class DecoderStack:
             scale=self._head_dim**-0.5,
             eps=self._eps,
         )
+
+
+def into_layers(layers: Any, keys: Sequence[Tensor], values: Sequence[Tensor], before: list[Tensor]) -> list[Tensor]:
+    """Tells structures of layers where their keys and values are. `before`: what they were told last, mostly the same;
+    returns what to pass as that next time."""
+    if len(keys) != len(layers) or len(values) != len(layers):
+        raise ValueError(f"{len(layers)} layers with keys for {len(keys)} and values for {len(values)}")
+    store = [*keys, *values]
+    if len(store) != len(before) or not all(map(operator.is_, store, before)):
+        for layer, k, v in zip(layers, keys, values, strict=True):
+            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
+    return store
 
 
 def _fields(layer: LayerWeights) -> list[object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark_kernels.decoder import into_layers
 from dspark_kernels.native import Attention, Draw, Kernels
 from dspark_kernels.packed import Packed, PackedWeight
 
@@ -38,11 +39,11 @@ class _Block(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class ContextWriter:
     """Draft K/V of committed tokens from the target's hidden states: norm(fc(taps)) through every layer's projection.
 
-    Norms must fill vectors, and so must heads.
+    Norms must fill vectors, and so must heads. Not safe for several threads at once.
     """
 
     kernels: Kernels
@@ -52,6 +53,11 @@ class ContextWriter:
     kv_heads: int
     head_dim: int
     eps: float
+
+    def __post_init__(self) -> None:
+        made = (_ContextLayer(kv.structure, norm.data_ptr()) for kv, norm in self.layers)
+        self._layers = (_ContextLayer * len(self.layers))(*made)
+        self._store: list[Tensor] = []  # whose keys and values those layers have
 
     def __call__(
         self,
@@ -75,28 +81,22 @@ class ContextWriter:
             threads=torch.get_num_threads(),
             eps=self.eps,
         )
-        layers = (_ContextLayer * len(self.layers))(
-            *(
-                _ContextLayer(kv.structure, norm.data_ptr(), k.data_ptr(), v.data_ptr())
-                for (kv, norm), k, v in zip(self.layers, keys, values, strict=True)
-            )
-        )
+        self._store = into_layers(self._layers, keys, values, self._store)
         hidden, width = self.fc.outputs, 2 * self.kv_heads * self.head_dim
-        features, normed, kv = torch.split(
-            taps.new_empty(tokens * (2 * hidden + width)), [tokens * hidden, tokens * hidden, tokens * width]
-        )
+        scratch = taps.new_empty(tokens * (2 * hidden + width))
+        features = scratch.data_ptr()
         self.kernels.library.dspark_context(
             ctypes.byref(
                 _Context(
-                    ctypes.addressof(layers),
+                    ctypes.addressof(self._layers),
                     ctypes.addressof(attention),
                     self.fc.structure,
                     self.norm.data_ptr(),
                     taps.data_ptr(),
-                    features.data_ptr(),
-                    normed.data_ptr(),
-                    kv.data_ptr(),
-                    len(layers),
+                    features,
+                    features + 4 * tokens * hidden,
+                    features + 8 * tokens * hidden,
+                    len(self._layers),
                     self.eps,
                 )
             )
