@@ -108,6 +108,7 @@ class Service:
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
+            _ = self.info  # EngineBusy while the engine is loading: the tokenizer comes with it
             raise InvalidRequest(f"this model has no tokenizer: {what}", "prompt", "no_tokenizer")
         return self.tokenizer
 

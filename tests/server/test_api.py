@@ -269,8 +269,13 @@ async def test_loading_and_dead_states(serve):
     app = make_app()
     service = app.state.service
     engine = FakeEngine()
-    service.engine = AsyncEngine(lambda: release.wait() and engine, service.metrics)
-    service.tokenizer = byte_tokenizer()
+
+    def load():
+        release.wait()
+        service.tokenizer = byte_tokenizer()
+        return engine
+
+    service.engine = AsyncEngine(load, service.metrics)
     async with app.router.lifespan_context(app):
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
         assert (await client.get("/health")).status_code == 200
