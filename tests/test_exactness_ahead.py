@@ -17,11 +17,11 @@ from tests.drafters.golden import golden_target
 from tests.drafters.made_heads import Watch, plan_named
 from tests.test_exactness import deciding_budget
 from tests.test_exactness_heads import (
-    MAX_TOKENS,
     PAGE,
     SITUATIONS,
     answers,
     assert_targets_distribution,
+    options_of,
     plain,
     prompts,
     requests,
@@ -40,13 +40,7 @@ def engine_of(head, ahead=True, **options):
 @pytest.mark.parametrize("situation", [situation for situation in SITUATIONS if situation != "alone"])
 @pytest.mark.parametrize("head", HEADS)
 def test_same_bits(head, situation):
-    longest = max(map(len, prompts())) + MAX_TOKENS
-    options = {
-        "preemption": {"pages": 4 + -(-longest // PAGE), "prefix_caching": False},
-        "chunk1": {"chunk": 1},
-        "chunk7": {"chunk": 7},
-    }.get(situation, {})
-    engine = engine_of(head, **options)
+    engine = engine_of(head, **options_of(situation))
     if situation == "prefix":
         run(engine, requests())
     got = run(engine, requests())

@@ -56,17 +56,21 @@ def answers(got):
     return {name: (tokens, got.logprobs[name]) for name, tokens in got.tokens.items()}
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("head", HEADS)
-def test_same_bits(head, situation):
-    """Greedy, T=0.8 and T=1.2 requests side by side; "alone" has one of each."""
+def options_of(situation):
+    """What an engine is made with to come into it."""
     longest = max(map(len, prompts())) + MAX_TOKENS
-    options = {
+    return {
         "preemption": {"pages": 4 + -(-longest // PAGE), "prefix_caching": False},
         "chunk1": {"chunk": 1},
         "chunk7": {"chunk": 7},
     }.get(situation, {})
-    engine = make_engine(golden_target(), plan_named(head), page_size=PAGE, **options)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_same_bits(head, situation):
+    """Greedy, T=0.8 and T=1.2 requests side by side; "alone" has one of each."""
+    engine = make_engine(golden_target(), plan_named(head), page_size=PAGE, **options_of(situation))
     if situation == "alone":
         for request in requests()[4:7]:
             got = run(engine, [request])

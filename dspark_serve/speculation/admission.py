@@ -180,26 +180,34 @@ class Admission:
         limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
         least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
         gain = self._drafted.whole(members, limits)
+        drafts = _may_pay(gain, load, plain_ms, least_ms)
+        looks = self._lookup and _may_pay(self._found.whole(members, limits), load, plain_ms, self._lookup_ms)
         admitted = Admitted.nobody(len(rows))
-        if _may_pay(gain, load, plain_ms, least_ms):
-            passes = self._cost.draft_curve(len(rows), context, load.greedy)
-            admitted = Admitted(self._worth(self._drafted, passes, members, limits, load), admitted.lookup)
-        if self._lookup and _may_pay(self._found.whole(members, limits), load, plain_ms, self._lookup_ms):
-            looks = self._lookup_ms * np.arange(len(rows) + 1.0)
-            worth = self._worth(self._found, looks, members, limits, load)
-            admitted = Admitted(admitted.costly, ~admitted.costly & worth)
+        if drafts or looks:
+            at = members, limits, load, load.times(self._cost, int(limits.sum()))
+            if drafts:
+                draft_ms = self._cost.draft_curve(len(rows), context, load.greedy)
+                admitted = Admitted(self._worth(self._drafted, draft_ms, *at), admitted.lookup)
+            if looks:
+                worth = self._worth(self._found, self._lookup_ms * np.arange(len(rows) + 1.0), *at)
+                admitted = Admitted(admitted.costly, ~admitted.costly & worth)
         self._held = _Held(members, load.rows, admitted, step + _HOLD)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
 
     def _worth(
-        self, recent: Recent, draft_ms: Floats, members: Members, limits: npt.NDArray[np.int64], load: Load
+        self,
+        recent: Recent,
+        draft_ms: Floats,
+        members: Members,
+        limits: npt.NDArray[np.int64],
+        load: Load,
+        times: Floats,
     ) -> Bools:
         """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows].
 
-        draft_ms [rows + 1]: the time to draft for 0, 1, ... rows.
+        draft_ms [rows + 1]: the time to draft for 0, 1, ... rows. times: the load's.
         """
         kept, gain, unknown = recent.expected(members, limits)
-        times = load.times(self._cost, int(limits.sum()))
         worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
         return worth if unknown is None else worth | unknown
 

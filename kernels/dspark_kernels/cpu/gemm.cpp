@@ -4,7 +4,6 @@
 // and the way the weight is stored (weights.h) cannot change it.
 #include "product.h"
 
-#include <algorithm>
 #include <type_traits>
 #include <utility>
 #include <vector>
