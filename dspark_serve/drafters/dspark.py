@@ -114,18 +114,31 @@ class DSparkHead(Head):
     def _native_block(self, native: NativeHead, rows: DraftRows, store: KVStore, first_layer: int) -> Tensor:
         """`block` by the C++ kernels. Small arrays are numpy's: a call of torch's takes three times as long."""
         c, start = self.config, rows.start.numpy()
-        assert c.mask_token_id is not None
         count, size = len(start), c.block_size
-        ids = np.full((count, size), c.mask_token_id)
-        ids[:, 0] = rows.anchors.numpy()
-        positions = torch.from_numpy((start[:, None] + np.arange(size)).ravel())
-        spans = torch.from_numpy(np.stack([np.arange(0, count * size, size), np.full(count, size), start + size]))
-        hidden = self.embed(torch.from_numpy(ids.ravel()))  # [rows * block, hidden]
+        ids, spans = self._native_inputs(count)
+        ids.numpy()[::size] = rows.anchors.numpy()
+        np.add(start, size, out=spans.numpy()[2])
+        hidden = self.embed(ids)  # [rows * block, hidden]
         layers = slice(first_layer, first_layer + c.num_layers)
+        positions = torch.from_numpy((start[:, None] + np.arange(size)).ravel())
         rotary = positions, self.rotary.table(rows.longest + size)
         keys, values = store.keys[layers], store.values[layers]
         native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True, norm=self.norm.weight)
         return hidden.view(count, size, -1)
+
+    def _native_inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        """For so many rows: token ids [rows * block] without anchors, `_spans` without contexts. Filled in, they serve
+        one call after the other."""
+        if (made := self._inputs.get(count)) is None:
+            size, mask = self.config.block_size, self.config.mask_token_id
+            assert mask is not None
+            spans = np.stack([np.arange(0, count * size, size), np.full(count, size), np.zeros(count, dtype=np.int64)])
+            made = self._inputs[count] = torch.full((count * size,), mask), torch.from_numpy(spans)
+        return made
+
+    @cached_property
+    def _inputs(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
     def _spans(self, rows: DraftRows) -> Tensor:
         """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
@@ -170,7 +183,8 @@ class DSparkDrafter:
             self._kept = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
         self._seen: list[tuple[Tensor, Tensor]] = []  # slots and taps of steps, not in the store yet
         self._num_seen = 0  # tokens of those
-        self._owed = np.zeros(store.num_pages * store.page_size, dtype=np.bool_)  # slots with taps and no context yet
+        # Slots with taps and no context yet.
+        self._owed = np.zeros((store.num_pages, store.page_size), dtype=np.bool_)
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
         self._block: BlockPass = lambda rows: head.block(rows, store, first_layer)
@@ -216,7 +230,7 @@ class DSparkDrafter:
     def _draw_block(self, sampler: MarkovSampler, hidden: Tensor, batch: DraftRows) -> Proposal:
         """What the loop of `_draft` does, in one call; hidden [rows, width, hidden]."""
         hidden, s = hidden.transpose(0, 1).contiguous(), batch.sampling
-        tokens, largest, told = sampler(
+        tokens, largest, confidence = sampler(
             self._head.base_logits(hidden),
             hidden,
             batch.anchors,
@@ -227,8 +241,7 @@ class DSparkDrafter:
             GREEDY_TEMPERATURE,
             self._head.draft_vocab,
         )
-        confidence = None if told is None else told.T.sigmoid()
-        return proposal(batch.counts, tokens.T.contiguous(), largest.T.contiguous(), confidence=confidence)
+        return proposal(batch.counts, tokens, largest, confidence=confidence)
 
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
@@ -248,13 +261,13 @@ class DSparkDrafter:
             self._keep()
         if len(batch.slots) >= _ENOUGH and self._share >= _MOSTLY:
             self._keep()
-            self._write(batch.slots.numpy(), batch.positions.numpy())
+            self._write(batch.slots.numpy(), batch.positions.numpy(), max(batch.context_lens))
 
     def _keep(self) -> None:
         """Puts into the store what was seen, in order: a slot has what came to it last."""
         for slots, taps in self._seen:
             self._kept.index_copy_(0, slots, taps if taps.dtype == self._kept.dtype else taps.to(self._kept.dtype))
-            self._owed[slots.numpy()] = True
+            self._owed.ravel()[slots.numpy()] = True
         self._seen, self._num_seen = [], 0
 
     def _write_owed(self, rows: Sequence[Row]) -> None:
@@ -266,23 +279,21 @@ class DSparkDrafter:
         slots, positions = [], []
         for row in rows:
             pages = np.array(row.request.pages[: -(-row.start // size)], dtype=np.int64)
-            of_row = (pages[:, None] * size + np.arange(size)).ravel()[: row.start]
-            owed = self._owed[of_row].nonzero()[0]
-            slots.append(of_row[owed])
+            owed = self._owed[pages].ravel()[: row.start].nonzero()[0]
+            slots.append(pages[owed // size] * size + owed % size)
             positions.append(owed)
         found, place = slots[0], positions[0]
         if len(rows) > 1:
             found, first = np.unique(np.concatenate(slots), return_index=True)  # rows may share pages
             place = np.concatenate(positions)[first]
         if len(found):
-            self._write(found, place)
+            self._write(found, place, max(row.start for row in rows))
 
-    def _write(self, slots: Ints, positions: Ints) -> None:
+    def _write(self, slots: Ints, positions: Ints, stop: int) -> None:
         where = torch.from_numpy(slots)
-        taps = self._kept.index_select(0, where)
-        place, stop = torch.from_numpy(positions), int(positions.max()) + 1
+        taps, place = self._kept.index_select(0, where), torch.from_numpy(positions)
         self._head.write_context(taps, place, where, stop, self._store, self._first_layer)
-        self._owed[slots] = False
+        self._owed.ravel()[slots] = False
 
     def release(self, request_id: str) -> None:
         """Nothing is kept per request: what the head knows of it lies in its pages."""

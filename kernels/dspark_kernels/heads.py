@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark_kernels.decoder import into_layers
 from dspark_kernels.native import Attention, Draw, Kernels
-from dspark_kernels.packed import Packed, PackedWeight
+from dspark_kernels.packed import Packed, PackedWeight, pointer
 
 
 class _ContextLayer(ctypes.Structure):  # mirrors head.cpp, as do the others
@@ -34,7 +34,7 @@ class _Block(ctypes.Structure):
         *((name, c_void_p) for name in ("base", "hidden", "embedding", "confidence", "anchors")),
         ("bias", Packed),
         ("draw", Draw),
-        *((name, c_void_p) for name in ("logits", "tokens", "largest", "told", "embedded")),
+        *((name, c_void_p) for name in ("logits", "tokens", "largest", "accepted", "embedded")),
         *((name, c_int64) for name in ("slots", "hidden_size")),
     )
 
@@ -57,6 +57,7 @@ class ContextWriter:
     def __post_init__(self) -> None:
         made = (_ContextLayer(kv.structure, norm.data_ptr()) for kv, norm in self.layers)
         self._layers = (_ContextLayer * len(self.layers))(*made)
+        self._fc = self.fc.structure
         self._store: list[Tensor] = []  # whose keys and values those layers have
 
     def __call__(
@@ -90,7 +91,7 @@ class ContextWriter:
                 _Context(
                     ctypes.addressof(self._layers),
                     ctypes.addressof(attention),
-                    self.fc.structure,
+                    self._fc,
                     self.norm.data_ptr(),
                     taps.data_ptr(),
                     features,
@@ -103,7 +104,7 @@ class ContextWriter:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class MarkovSampler:
     """A block of drafts, one after the other: each slot's logits get a bias by the token before, then a draw."""
 
@@ -111,6 +112,10 @@ class MarkovSampler:
     embedding: Tensor  # [vocab, rank] float32 contiguous
     bias: PackedWeight  # rank -> drafted tokens
     confidence: Tensor | None  # [hidden + rank + 1] float32: weights of hidden state and embedding, then a bias
+
+    def __post_init__(self) -> None:
+        self._bias = self.bias.structure
+        self._weights = self.embedding.data_ptr(), pointer(self.confidence)
 
     def __call__(
         self,
@@ -124,27 +129,28 @@ class MarkovSampler:
         greedy: float,  # rows of no higher temperature take their likeliest token
         ids: Tensor | None,  # [drafted tokens] int64, contiguous: what they are called
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens and the largest draft probability, each [slots, rows], and logits of acceptance likewise, if any."""
+        """Tokens, the largest draft probability and, if there is a confidence head, that of acceptance given the
+        drafts before: each [rows, slots]."""
         slots, rows, width = base.shape
-        tokens, floats = anchors.new_empty(slots, rows), base.new_empty(2, slots, rows)
+        tokens, largest = anchors.new_empty(rows, slots), base.new_empty(rows, slots)
+        accepted = None if self.confidence is None else base.new_empty(rows, slots)
         scratch = base.new_empty(rows * (width + self.bias.inputs))
         logits = scratch.data_ptr()
-        at = (temperature.data_ptr(), None if ids is None else ids.data_ptr(), seed.data_ptr(), position.data_ptr())
+        at = temperature.data_ptr(), pointer(ids), seed.data_ptr(), position.data_ptr()
         block = _Block(
             base.data_ptr(),
             hidden.data_ptr(),
-            self.embedding.data_ptr(),
-            None if self.confidence is None else self.confidence.data_ptr(),
+            *self._weights,
             anchors.data_ptr(),
-            self.bias.structure,
+            self._bias,
             Draw(logits, *at, None, rows, width, width, 0, stream, torch.get_num_threads(), greedy),
             logits,
             tokens.data_ptr(),
-            floats[0].data_ptr(),
-            floats[1].data_ptr(),
+            largest.data_ptr(),
+            pointer(accepted),
             logits + rows * width * 4,
             slots,
             hidden.shape[2],
         )
         self.kernels.library.dspark_block(ctypes.byref(block))
-        return tokens, floats[0], None if self.confidence is None else floats[1]
+        return tokens, largest, accepted

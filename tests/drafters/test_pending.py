@@ -66,7 +66,8 @@ def observing(monkeypatch):
 
     def observe(slots, value):
         slots = torch.tensor(slots)
-        batch = SimpleNamespace(positions=slots, slots=slots, drafts=torch.empty(1, 0), query_lens=(len(slots),))
+        lens = (len(slots),)
+        batch = SimpleNamespace(positions=slots, slots=slots, drafts=None, query_lens=lens, context_lens=lens)
         drafter.observe(batch, torch.full((len(slots), drafter._kept.shape[1]), float(value)), None)
 
     return drafter, observe, written

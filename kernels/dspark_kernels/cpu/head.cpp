@@ -50,9 +50,9 @@ struct Block {
     Packed bias;            // rank -> width
     Draw draw;              // of the first slot, from `logits`
     float* logits;          // scratch [rows, width]
-    int64_t* tokens;        // [slots, rows] out
-    float* largest;         // [slots, rows] out: the largest draft probability
-    float* told;            // [slots, rows] out: logits of acceptance
+    int64_t* tokens;        // [rows, slots] out
+    float* largest;         // [rows, slots] out: the largest draft probability
+    float* accepted;        // [rows, slots] out: probability of acceptance
     float* embedded;        // scratch [rows, rank]
     int64_t slots, hidden_size;
 };
@@ -80,19 +80,19 @@ float largest_probability(const float* x, int64_t count) {
 void run_block(Member& member, const Block& b) {
     int64_t rows = b.draw.rows, width = b.draw.width, rank = b.bias.inputs;
     for (int64_t slot = 0; slot < b.slots; slot++) {
-        const int64_t* before = slot ? b.tokens + (slot - 1) * rows : b.anchors;
         member.share(rows, [&](int64_t row) {
+            int64_t before = slot ? b.tokens[row * b.slots + slot - 1] : b.anchors[row];
             float* e = b.embedded + row * rank;
-            std::memcpy(e, b.embedding + before[row] * rank, rank * sizeof(float));
+            std::memcpy(e, b.embedding + before * rank, rank * sizeof(float));
             if (!b.confidence) return;
             const float* h = b.hidden + (slot * rows + row) * b.hidden_size;
-            float told = dot(h, b.confidence, b.hidden_size) + dot(e, b.confidence + b.hidden_size, rank);
-            b.told[slot * rows + row] = told + b.confidence[b.hidden_size + rank];
+            float logit = dot(h, b.confidence, b.hidden_size) + dot(e, b.confidence + b.hidden_size, rank);
+            b.accepted[row * b.slots + slot] = 1.0f / (1.0f + std::exp(-logit - b.confidence[b.hidden_size + rank]));
         });
         run_product(member, product(b.bias, rows, b.embedded, b.logits, b.base + slot * rows * width));
         member.share(rows, [&](int64_t row) {
-            b.largest[slot * rows + row] = largest_probability(b.logits + row * width, width);
-            b.tokens[slot * rows + row] = draw_row(b.draw, row, slot);
+            b.largest[row * b.slots + slot] = largest_probability(b.logits + row * width, width);
+            b.tokens[row * b.slots + slot] = draw_row(b.draw, row, slot);
         });
     }
 }
