@@ -12,7 +12,10 @@ _SOURCES = [
     f"kernels/dspark_kernels/cpu/{name}.cpp"
     for name in ("pack", "gemm", "attention", "decoder", "draw", "filter", "head", "threads")
 ]
-_HEADERS = [f"kernels/dspark_kernels/cpu/{name}.h" for name in ("simd", "weights", "product", "attention", "draw")]
+_HEADERS = [
+    f"kernels/dspark_kernels/cpu/{name}.h"
+    for name in ("simd", "team", "weights", "product", "attention", "decoder", "draw")
+]
 _FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
 _SETS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -11,12 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_kernels import noise
-from dspark_kernels.heads import MarkovSampler
+from dspark_kernels.heads import draft
 from dspark_serve.cache.store import KVStore, LayerGeometry
 from dspark_serve.drafters.base import BlockPass, Record
 from dspark_serve.drafters.head import Head
@@ -25,12 +23,12 @@ from dspark_serve.drafters.native_head import NativeHead
 from dspark_serve.drafters.ready import Ready
 from dspark_serve.drafters.rows import DraftRows, Drafts, Drawer, committed, largest_probability, proposal
 from dspark_serve.tensors import Newest, Proposal, StepBatch, Verdict
-from dspark_serve.types import GREEDY_TEMPERATURE, Row, VerifyMode
+from dspark_serve.types import Row, VerifyMode
 
 if TYPE_CHECKING:
     from dspark_serve.drafters.triton_head import TritonSampler
 
-Ints = npt.NDArray[np.int64]
+Owed = tuple[Tensor, Tensor, int]  # positions [n] int64, slots [n] int64, a position beyond all of them
 
 _AT_ONCE = 256  # tokens whose taps are put into the store together: it takes as long as it does for those of one
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
@@ -80,11 +78,6 @@ class DSparkHead(Head):
 
         The context goes straight into every layer's key and value projections, past its input norm (paper 3.1).
         """
-        if self.native is not None and taps.dtype == store.keys[first_layer].dtype == torch.float32:
-            layers = slice(first_layer, first_layer + self.config.num_layers)
-            rotary = positions, self.rotary.table(stop)
-            self.native.context(taps, slots, rotary, store.keys[layers], store.values[layers])
-            return
         context = self.hidden_norm(self.fc(taps))  # [n, hidden]
         cos, sin = self.rotary.at(positions, stop)
         for index, layer in enumerate(self.layers):
@@ -92,13 +85,24 @@ class DSparkHead(Head):
             dtype = store.keys[first_layer + index].dtype
             store.write(first_layer + index, slots, self.rotary.apply(k, cos, sin).to(dtype), v.to(dtype))
 
+    def write_kept(
+        self, kept: Tensor, positions: Tensor, slots: Tensor, stop: int, store: KVStore, first_layer: int
+    ) -> None:
+        """The same with taps that are kept at these slots, kept [slots of the store, len(taps) * hidden]."""
+        if self.native is None or not self.native.reads(store, first_layer):
+            taps = kept.index_select(0, slots)
+            return self.write_context(taps, positions, slots, stop, store, first_layer)
+        self.native.writing(kept, positions, slots, stop, store, first_layer).run()
+
     def block(self, rows: DraftRows, store: KVStore, first_layer: int) -> Tensor:
         """Hidden states after the final norm of the whole block [rows, block_size, hidden].
 
         Slots are [anchor, mask, mask, ...]; slot k predicts the token at position start + 1 + k.
         """
-        if self.native is not None and store.keys[first_layer].dtype == torch.float32:
-            return self._native_block(self.native, rows, store, first_layer)
+        if self.native is not None and self.native.reads(store, first_layer):
+            decoding, hidden = self.native.decoding(rows, store, first_layer)
+            decoding.run()
+            return hidden
         c, count = self.config, rows.anchors.shape[0]
         assert c.mask_token_id is not None
         ids = torch.full((count, c.block_size), c.mask_token_id, device=rows.anchors.device)
@@ -110,35 +114,6 @@ class DSparkHead(Head):
             attended = attend(layer, layer.input_norm(hidden), first_layer + index)
             hidden = layer.finish(attended, hidden)
         return self.norm(hidden).view(count, c.block_size, -1)
-
-    def _native_block(self, native: NativeHead, rows: DraftRows, store: KVStore, first_layer: int) -> Tensor:
-        """`block` by the C++ kernels. Small arrays are numpy's: a call of torch's takes three times as long."""
-        c, start = self.config, rows.start.numpy()
-        count, size = len(start), c.block_size
-        ids, spans = self._native_inputs(count)
-        ids.numpy()[::size] = rows.anchors.numpy()
-        np.add(start, size, out=spans.numpy()[2])
-        hidden = self.embed(ids)  # [rows * block, hidden]
-        layers = slice(first_layer, first_layer + c.num_layers)
-        positions = torch.from_numpy((start[:, None] + np.arange(size)).ravel())
-        rotary = positions, self.rotary.table(rows.longest + size)
-        keys, values = store.keys[layers], store.values[layers]
-        native.stack(hidden, keys, values, positions, rows.pages, spans, rotary, block=True, norm=self.norm.weight)
-        return hidden.view(count, size, -1)
-
-    def _native_inputs(self, count: int) -> tuple[Tensor, Tensor]:
-        """For so many rows: token ids [rows * block] without anchors, `_spans` without contexts. Filled in, they serve
-        one call after the other."""
-        if (made := self._inputs.get(count)) is None:
-            size, mask = self.config.block_size, self.config.mask_token_id
-            assert mask is not None
-            spans = np.stack([np.arange(0, count * size, size), np.full(count, size), np.zeros(count, dtype=np.int64)])
-            made = self._inputs[count] = torch.full((count * size,), mask), torch.from_numpy(spans)
-        return made
-
-    @cached_property
-    def _inputs(self) -> dict[int, tuple[Tensor, Tensor]]:
-        return {}
 
     def _spans(self, rows: DraftRows) -> Tensor:
         """Per row its first token in the batch of blocks, how many, and the keys that they see: [3, rows] int64."""
@@ -188,8 +163,11 @@ class DSparkDrafter:
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
         self._block: BlockPass = lambda rows: head.block(rows, store, first_layer)
-        if record is not None and head.recordable:
+        recorded = record is not None and head.recordable
+        if record is not None and recorded:
             self._block = record(self._block)
+        # A draft is one call of the C++ kernels: between calls their threads would fall asleep.
+        self._whole = head.native is not None and head.native.reads(store, first_layer) and not recorded
         self._mode, self._drawer = mode, Drawer(mode, head.config.vocab_size, head.draft_vocab)
 
     def propose(self, rows: Sequence[Row], ready: Ready | None = None) -> Proposal:
@@ -199,24 +177,32 @@ class DSparkDrafter:
         return self._draft(rows, newest)
 
     def _draft(self, rows: Sequence[Row], newest: Newest | None = None) -> Proposal:
-        self._write_owed(rows)
-        head, store = self._head, self._store
+        store, owed = self._store, self._owed_to(rows)
         batch = DraftRows.build(rows, store.page_size, self.width, store.keys[0].device, newest)
-        width = max(batch.counts)
+        native = self._head.native if self._whole else None
+        if native is not None and native.draws(batch, self._mode):
+            drafted = self._at_once(native, batch, owed)
+        else:
+            if owed is not None:
+                self._head.write_kept(self._kept, *owed, store, self._first_layer)
+            drafted = self._in_parts(batch)
+        if owed is not None:
+            self._owed.ravel()[owed[1].numpy()] = False
+        return drafted
+
+    def _in_parts(self, batch: DraftRows) -> Proposal:
+        head, width = self._head, max(batch.counts)
         # The whole block is always run: it attends to itself in both directions. Only drawing stops early.
         hidden = self._block(batch)[:, :width]
         if head.triton is not None and head.triton.draws(batch, self._mode):
             return head.triton(head.base_logits(hidden.contiguous()), hidden, batch, self._mode)
-        sampler, sampling = None if head.native is None else head.native.sampler, batch.sampling
-        if sampler is not None and (sampling.all_greedy or (self._mode == "coupled" and not sampling.any_filter)):
-            return self._draw_block(sampler, hidden, batch)
         base = head.base_logits(hidden.contiguous())  # [rows, width, drafted tokens]
         drafts, confidence = Drafts(batch.counts), []
         previous, state, embedded = batch.anchors, None, None
         for slot in range(width):
             logits = base[:, slot]
             if head.markov is not None:
-                state = head.markov.first_state(len(rows)) if state is None else state
+                state = head.markov.first_state(len(batch.counts)) if state is None else state
                 embedded = head.markov.embed(previous)
                 bias, state = head.markov.step(embedded, hidden[:, slot], state)
                 logits = bias.add_(logits)
@@ -227,20 +213,19 @@ class DSparkDrafter:
             drafts.add(previous, probs, largest)
         return drafts.proposal(torch.stack(confidence, dim=1).sigmoid_() if confidence else None)
 
-    def _draw_block(self, sampler: MarkovSampler, hidden: Tensor, batch: DraftRows) -> Proposal:
-        """What the loop of `_draft` does, in one call; hidden [rows, width, hidden]."""
-        hidden, s = hidden.transpose(0, 1).contiguous(), batch.sampling
-        tokens, largest, confidence = sampler(
-            self._head.base_logits(hidden),
-            hidden,
-            batch.anchors,
-            s.temperature,
-            s.seed,
-            s.position,
-            noise.GUMBEL,
-            GREEDY_TEMPERATURE,
-            self._head.draft_vocab,
-        )
+    def _at_once(self, native: NativeHead, batch: DraftRows, owed: Owed | None) -> Proposal:
+        """The same in one call of the C++ kernels; in several where the LM head is not theirs alone."""
+        width, store, first = max(batch.counts), self._store, self._first_layer
+        writing = None if owed is None else native.writing(self._kept, *owed, store, first)
+        decoding, hidden = native.decoding(batch, store, first)
+        if native.lm_head:
+            tokens, largest, confidence = draft(writing, decoding, native.drawing(hidden, width, batch))
+        else:
+            if writing is not None:
+                writing.run()
+            decoding.run()
+            base = self._head.base_logits(hidden[:, :width].transpose(0, 1).contiguous())
+            tokens, largest, confidence = native.drawing(hidden, width, batch, base).run()
         return proposal(batch.counts, tokens, largest, confidence=confidence)
 
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
@@ -261,7 +246,9 @@ class DSparkDrafter:
             self._keep()
         if len(batch.slots) >= _ENOUGH and self._share >= _MOSTLY:
             self._keep()
-            self._write(batch.slots.numpy(), batch.positions.numpy(), max(batch.context_lens))
+            now = batch.positions, batch.slots, max(batch.context_lens)
+            self._head.write_kept(self._kept, *now, self._store, self._first_layer)
+            self._owed.ravel()[batch.slots.numpy()] = False
 
     def _keep(self) -> None:
         """Puts into the store what was seen, in order: a slot has what came to it last."""
@@ -270,10 +257,10 @@ class DSparkDrafter:
             self._owed.ravel()[slots.numpy()] = True
         self._seen, self._num_seen = [], 0
 
-    def _write_owed(self, rows: Sequence[Row]) -> None:
-        """Context of these rows, as far as it is not there."""
+    def _owed_to(self, rows: Sequence[Row]) -> Owed | None:
+        """Context of these rows that is not there."""
         if not self._head.keeps_taps:
-            return
+            return None
         self._keep()
         self._drafting, size = len(rows), self._store.page_size
         slots, positions = [], []
@@ -286,14 +273,9 @@ class DSparkDrafter:
         if len(rows) > 1:
             found, first = np.unique(np.concatenate(slots), return_index=True)  # rows may share pages
             place = np.concatenate(positions)[first]
-        if len(found):
-            self._write(found, place, max(row.start for row in rows))
-
-    def _write(self, slots: Ints, positions: Ints, stop: int) -> None:
-        where = torch.from_numpy(slots)
-        taps, place = self._kept.index_select(0, where), torch.from_numpy(positions)
-        self._head.write_context(taps, place, where, stop, self._store, self._first_layer)
-        self._owed.ravel()[slots] = False
+        if not len(found):
+            return None
+        return torch.from_numpy(place), torch.from_numpy(found), max([row.start for row in rows])
 
     def release(self, request_id: str) -> None:
         """Nothing is kept per request: what the head knows of it lies in its pages."""

@@ -17,7 +17,7 @@ from dspark_kernels.blocks import BlockWeight
 from dspark_kernels.packed import STORED
 from dspark_serve.drafters.head_config import HeadConfig, HeadError
 from dspark_serve.models.base import TargetModel
-from dspark_serve.models.layers import Affine, Linear, RMSNorm, Weight, operations
+from dspark_serve.models.layers import Affine, Linear, NativeLinear, RMSNorm, Weight, operations
 from dspark_serve.models.loader import iterate_weights, read_config
 
 # A draft reads every matrix of the head once, and that takes most of its time on a CPU. Those stored in 16 bits are
@@ -148,8 +148,7 @@ def shared_lm_head(config: HeadConfig, weights: HeadWeights, target: TargetModel
     stored = weights.peek(LM_HEAD, *shape)
     if stored is not None and not _same_product(stored, target.lm_head, None):
         weights.take(LM_HEAD, *shape)
-        linear = weights.ops.linear(stored if draft_vocab is None else stored[draft_vocab])
-        return lambda hidden: linear(hidden).float()
+        return _logits(weights.ops.linear(stored if draft_vocab is None else stored[draft_vocab]))
     weights.drop(LM_HEAD)
     if draft_vocab is None:
         return target.lm_head
@@ -157,8 +156,11 @@ def shared_lm_head(config: HeadConfig, weights: HeadWeights, target: TargetModel
     if rows is None:
         rows = lm_head_rows(target, draft_vocab)
     weights.num_bytes += rows.nbytes
-    linear = weights.ops.linear(rows)
-    return lambda hidden: linear(hidden).float()
+    return _logits(weights.ops.linear(rows))
+
+
+def _logits(linear: Linear) -> LMHead:
+    return linear if isinstance(linear, NativeLinear) else lambda hidden: linear(hidden).float()
 
 
 def lm_head_rows(target: TargetModel, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark_kernels.heads import MarkovSampler
 from dspark_kernels.native import Kernels
+from dspark_kernels.packed import PackedWeight
 from dspark_serve.drafters.head_config import HeadConfig
 from dspark_serve.drafters.head_weights import HeadWeights
 from dspark_serve.models.layers import Linear, NativeLinear, PlainLinear
@@ -30,13 +31,15 @@ class MarkovHead:
         elif config.markov_type == "rnn":
             self._joint = weights.linear({f"{name}joint_proj": 3 * rank}, 2 * rank + hidden, bias=True)
 
-    def sampler(self, kernels: Kernels, confidence: ConfidenceHead | None) -> MarkovSampler | None:
+    def sampler(
+        self, kernels: Kernels, confidence: ConfidenceHead | None, lm_head: PackedWeight | None
+    ) -> MarkovSampler | None:
         """A whole block in one call of the kernels, where nothing but the token before decides the bias."""
         plain = self._type == "vanilla" and self._w1.dtype == torch.float32
         if not plain or not isinstance(self._w2, NativeLinear):
             return None
         told = None if confidence is None else confidence.joined(self._rank)
-        return MarkovSampler(kernels, self._w1.contiguous(), self._w2.packed, told)
+        return MarkovSampler(kernels, self._w1.contiguous(), self._w2.packed, told, lm_head)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """w1 [vocab, rank] and w2 [drafted tokens, rank], contiguous, where nothing else decides the bias."""

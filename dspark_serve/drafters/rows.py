@@ -6,6 +6,7 @@ address; penalties and logit_bias are left out. Must not know: networks, verific
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,7 @@ from dspark_kernels import noise
 from dspark_serve.sampling import Support, argmax, draw, draw_logits, target_probs, target_support
 from dspark_serve.tensors import Newest, Proposal, SamplingBatch, StepBatch, Verdict
 from dspark_serve.transfers import to_device
-from dspark_serve.types import Row, VerifyMode, signed_seed
+from dspark_serve.types import Request, Row, VerifyMode, signed_seed
 
 _KEY_MULTIPLE = 32  # context is padded to this: fewer shapes, and the same bits for neighbouring lengths
 
@@ -45,32 +46,19 @@ class DraftRows:
         for line, row in zip(pages, rows, strict=True):
             count = -(-row.start // page_size)
             line[:count] = row.request.pages[:count]
-        params = [row.request.params for row in rows]
-        numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
-        whole = np.array([(max(r.request.params.top_k, 0), signed_seed(r.request.seed)) for r in rows], dtype=np.int64)
         known = [row.request.token_ids[row.start] for row in rows] if newest is None else []
         anchors = np.array(known, dtype=np.int64)
-        moved = to_device(torch.device(device), pages, *numbers.T, *whole.T, anchors, start, start + 1)
-        temperature, top_p, min_p, top_k, seed, there, begin, position = moved[1:]
+        table, there, begin, position = to_device(torch.device(device), pages, anchors, start, start + 1)
         if newest is not None:
             there, begin, position = newest.anchors, newest.start, newest.start + 1
         return DraftRows(
             anchors=there,
             start=begin,
-            pages=moved[0],
+            pages=table,
             page_size=page_size,
-            counts=tuple(min(width, row.max_drafts) for row in rows),
+            counts=tuple([min(width, row.max_drafts) for row in rows]),
             longest=longest,
-            sampling=SamplingBatch(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                seed=seed,
-                position=position,
-                all_greedy=all(p.greedy for p in params),
-                any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
-            ),
+            sampling=replace(_sampling(tuple([row.request for row in rows]), device), position=position),
         )
 
     @staticmethod
@@ -83,6 +71,25 @@ class DraftRows:
         position = torch.arange(_padded(self.longest), device=self.pages.device)
         slots = self.pages[:, position // self.page_size] * self.page_size + position % self.page_size
         return slots, position < self.start.unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=4)
+def _sampling(requests: tuple[Request, ...], device: torch.device | str) -> SamplingBatch:
+    """One sample per request, at no position yet. The same few batches come again and again."""
+    params = [request.params for request in requests]
+    numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
+    whole = np.array([(max(r.params.top_k, 0), signed_seed(r.seed)) for r in requests], dtype=np.int64)
+    temperature, top_p, min_p, top_k, seed = to_device(torch.device(device), *numbers.T, *whole.T)
+    return SamplingBatch(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        position=seed.new_zeros(0),
+        all_greedy=all(p.greedy for p in params),
+        any_filter=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
+    )
 
 
 def _padded(keys: int) -> int:

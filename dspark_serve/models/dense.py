@@ -268,7 +268,7 @@ class DenseModel:
         """All layers in one call; overwrites `hidden` with the last one's output."""
         count, rotary = len(self._layers), (batch.positions, self._rotary.table(max(batch.context_lens)))
         keys, values = store.keys[:count], store.values[:count]
-        return stack(hidden, keys, values, batch.slots, batch.page_table, meta.rows, rotary, taps=taps)
+        return stack(hidden, keys, values, batch.slots, batch.page_table, meta.rows, rotary, taps=taps).run()
 
     def _run_layers(
         self, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]

@@ -17,7 +17,7 @@ from dspark_kernels.native import Attention, Kernels
 from dspark_kernels.packed import Packed, PackedWeight, pointer
 
 
-class _Layer(ctypes.Structure):  # mirrors decoder.cpp, as does _Decoder
+class _Layer(ctypes.Structure):  # mirrors decoder.h, as does Decoding
     _fields_ = (
         *((name, Packed) for name in ("qkv", "out", "gate_up", "down")),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
@@ -25,13 +25,23 @@ class _Layer(ctypes.Structure):  # mirrors decoder.cpp, as does _Decoder
     )
 
 
-class _Decoder(ctypes.Structure):
+class Decoding(ctypes.Structure):
+    """A pass over a DecoderStack, to be run by itself or within a larger call."""
+
+    taps: Tensor | None  # outputs of the layers asked for side by side [tokens, len(taps) * hidden]
+    alive: tuple[object, ...]  # what the pointers lead to
+    library: ctypes.CDLL
     _fields_ = (
-        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "norm", "hidden", "taps")),
+        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "norm", "hidden", "tapped")),
         *((name, c_void_p) for name in ("normed", "qkv", "attended", "middle", "between")),
         *((name, c_int64) for name in ("count", "rows", "width", "tap_stride")),
         ("eps", c_float),
     )
+
+    def run(self) -> Tensor | None:
+        """All layers, once. Returns the taps, None without any."""
+        self.library.dspark_decoder(ctypes.byref(self))
+        return self.taps
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class DecoderStack:
         block: bool = False,  # as for Kernels.attention; slots are not looked at then
         taps: Sequence[int] = (),  # different layers, whose output is wanted
         norm: Tensor | None = None,  # [hidden] contiguous: RMSNorm of the last layer's output; not of taps
-    ) -> Tensor | None:
-        """Run all layers. Returns the taps' outputs side by side [tokens, len(taps) * hidden], None without any."""
+    ) -> Decoding:
+        """Of which nothing is computed yet. Good until the stack is called with another store."""
         tokens, width = hidden.shape
         self._store = into_layers(self._layers, keys, values, self._store)
         first = self._weights[0]
@@ -95,10 +105,11 @@ class DecoderStack:
             columns[tap] = index * width
         attention = self._attention(keys[0].shape[1], tokens, slots, pages, rows, rotary)
         attention.block = block
-        decoder = _Decoder(
+        column = (c_int64 * len(columns))(*columns)
+        run = Decoding(
             ctypes.addressof(self._layers),
             ctypes.addressof(attention),
-            ctypes.addressof(column := (c_int64 * len(columns))(*columns)),
+            ctypes.addressof(column),
             pointer(norm),
             hidden.data_ptr(),
             pointer(tapped),
@@ -109,9 +120,9 @@ class DecoderStack:
             len(taps) * width,
             self._eps,
         )
-        self._kernels.library.dspark_decoder(ctypes.byref(decoder))
-        del column, scratch  # had to live until here
-        return tapped
+        run.taps, run.library = tapped, self._kernels.library
+        run.alive = attention, column, scratch, hidden, slots, pages, rows, rotary, norm, self
+        return run
 
     def _attention(
         self, page_size: int, tokens: int, slots: Tensor, pages: Tensor, rows: Tensor, rotary: tuple[Tensor, Tensor]

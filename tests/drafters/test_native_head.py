@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,8 +11,10 @@ from dspark_kernels import native, packed
 from dspark_kernels.decoder import DecoderStack
 from dspark_serve.cache.store import KVStore
 from dspark_serve.drafters.head_config import HeadConfig
+from dspark_serve.drafters.head_weights import lm_head_rows
 from dspark_serve.drafters.heads import plan_from_tensors, plan_head
 from dspark_serve.drafters.rows import DraftRows
+from dspark_serve.models.layers import NativeLinear
 from dspark_serve.models.loader import load_model, read_config, resolve
 from tests.drafters.golden import GOLDENS, golden_runs, golden_target
 from tests.toy import make_engine, make_request, run
@@ -69,6 +72,42 @@ def test_one_call_drafts_what_the_loop_drafts(temperatures, few):
     assert len(set(ours.tokens.flatten().tolist())) > 5
     torch.testing.assert_close(ours.largest, loop.largest, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours.confidence, loop.confidence, atol=1e-6, rtol=1e-5)
+
+
+def with_lm_head_of_its_own(drafter):
+    ids, kernels = torch.arange(512), native.load()
+    linear = NativeLinear(kernels, packed.PackedWeight(kernels, lm_head_rows(golden_target(), ids), None, False), None)
+    drafter._head = replace(drafter._head, lm_head=linear, draft_vocab=ids)
+    drafter._drawer = replace(drafter._drawer, draft_vocab=ids)
+
+
+@pytest.mark.parametrize("own", [False, True])  # is the LM head the draft head's, and part of the call?
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("width", [3, 7])
+def test_one_call_writes_context_decodes_and_draws_what_parts_do(own, rows, width):
+    chosen = [replace(row, max_drafts=width - (index == 2)) for index, row in enumerate(rows_of([0.0, 1.0, 0.6, 2.0]))]
+    chosen, found = chosen[:rows], []
+    for whole in (True, False):
+        drafter, store = drafter_of("dspark_vanilla")
+        if own:
+            with_lm_head_of_its_own(drafter)
+        assert drafter._whole
+        assert drafter._head.native.lm_head == own
+        drafter._whole = whole
+        fill(store)
+        pages = np.array([page for row in chosen for page in row.request.pages])
+        drafter._owed[pages] = True
+        found.append((drafter.propose(chosen), [t.clone() for t in (*store.keys, *store.values)]))
+        assert drafter._owed.sum() == len(pages) * 8 - sum(row.start for row in chosen)
+    (ours, here), (parts, there) = found
+    assert torch.equal(ours.tokens, parts.tokens)
+    assert ours.n_draft == parts.n_draft == tuple(row.max_drafts for row in chosen)
+    torch.testing.assert_close(ours.largest, parts.largest, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.confidence, parts.confidence, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    empty = drafter_of("dspark_vanilla")[1]
+    fill(empty)
+    assert not torch.equal(empty.keys[-2], store.keys[-2])
 
 
 def made_from(tensors, kernels="auto"):
@@ -133,7 +172,9 @@ def test_block_and_context_are_those_of_the_layers(head):
         assert (drafter._head.native is not None) == single_calls
         assert not single_calls or isinstance(drafter._head.native.stack, DecoderStack)
         fill(store)
-        drafter._head.write_context(taps, torch.arange(5, 14), torch.arange(40, 49), 14, store, drafter._first_layer)
+        slots = torch.arange(40, 49).flip(0)
+        kept = torch.full((60, taps_width), torch.nan).index_copy_(0, slots, taps)
+        drafter._head.write_kept(kept, torch.arange(5, 14), slots, 14, store, drafter._first_layer)
         contexts.append(torch.cat([t.flatten() for t in (*store.keys, *store.values)]))
         batch = DraftRows.build(rows, 8, drafter.width, "cpu")
         blocks.append(drafter._head.block(batch, store, drafter._first_layer))

@@ -1,30 +1,9 @@
 // Decoder layers one after the other within one parallel region: the threads meet at barriers, not at every call.
-#include "attention.h"
-#include "product.h"
+#include "decoder.h"
 
 using namespace dspark;
 
 namespace {
-
-struct Layer {  // mirrored by decoder.py, as is Decoder
-    Packed qkv, out, gate_up, down;
-    const float *attention_norm, *mlp_norm;
-    const float *q_norm, *k_norm;  // or null
-    float *keys, *values;          // this layer's part of the store
-    int64_t window;
-};
-
-struct Decoder {
-    const Layer* layers;
-    const Attention* attention;  // what is the same in every layer
-    const int64_t* tap_column;   // [count] where a layer's output goes in a row of taps, or -1
-    const float* norm;           // [width] RMSNorm weight that the last layer's output gets, or null
-    float *hidden;               // [rows, width], in and out
-    float *taps;                 // [rows, tap_stride]
-    float *normed, *qkv, *attended, *middle, *between;  // scratch of the products' shapes
-    int64_t count, rows, width, tap_stride;
-    float eps;
-};
 
 void run_layer(Member& member, const Decoder& d, const Layer& layer, int64_t tap, const std::vector<int64_t>& starts) {
     Attention a = *d.attention;
@@ -53,14 +32,19 @@ void run_layer(Member& member, const Decoder& d, const Layer& layer, int64_t tap
 
 }  // namespace
 
-extern "C" void dspark_decoder(const Decoder* decoder) {
-    const Decoder& d = *decoder;
-    std::vector<int64_t> starts = chunk_starts(*d.attention);
-    parallel(d.attention->threads, [&](Member& member) {
-        for (int64_t i = 0; i < d.count; i++) run_layer(member, d, d.layers[i], d.tap_column[i], starts);
-        if (!d.norm) return;
-        member.share(d.rows, [&](int64_t row) {
-            rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
-        });
+namespace dspark {
+
+void run_decoder(Member& member, const Decoder& d, const std::vector<int64_t>& starts) {
+    for (int64_t i = 0; i < d.count; i++) run_layer(member, d, d.layers[i], d.tap_column[i], starts);
+    if (!d.norm) return;
+    member.share(d.rows, [&](int64_t row) {
+        rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
     });
+}
+
+}  // namespace dspark
+
+extern "C" void dspark_decoder(const Decoder* decoder) {
+    std::vector<int64_t> starts = chunk_starts(*decoder->attention);
+    parallel(decoder->attention->threads, [&](Member& member) { run_decoder(member, *decoder, starts); });
 }

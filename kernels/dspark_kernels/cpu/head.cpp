@@ -1,7 +1,6 @@
 // What a draft head does beside its layers: context K/V of committed tokens, and a block of drafts token by token.
-#include "attention.h"
+#include "decoder.h"
 #include "draw.h"
-#include "product.h"
 
 using namespace dspark;
 
@@ -18,14 +17,17 @@ struct Context {
     const Attention* attention;  // what is the same in every layer; no queries
     Packed fc;
     const float* norm;  // of what fc gives
-    const float* taps;  // [tokens, fc.inputs]
-    float *features, *normed, *kv;  // scratch: [tokens, fc.outputs] twice, [tokens, kv.outputs]
+    const float* kept;  // [slots of the store, fc.inputs]: a token's taps lie at its slot
+    float *taps, *features, *normed, *kv;  // scratch: [tokens, fc.inputs], [tokens, fc.outputs] twice, [tokens, kv.outputs]
     int64_t count;
     float eps;
 };
 
 void run_context(Member& member, const Context& c) {
-    int64_t tokens = c.attention->tokens;
+    int64_t tokens = c.attention->tokens, width = c.fc.inputs;
+    member.share(tokens, [&](int64_t token) {
+        std::memcpy(c.taps + token * width, c.kept + c.attention->slots[token] * width, width * sizeof(float));
+    });
     run_product(member, product(c.fc, tokens, c.taps, c.features));
     for (int64_t i = 0; i < c.count; i++) {
         const ContextLayer& layer = c.layers[i];
@@ -42,8 +44,10 @@ void run_context(Member& member, const Context& c) {
 }
 
 struct Block {
-    const float* base;      // [slots, rows, width] logits before the bias
-    const float* hidden;    // [slots, rows, hidden_size]
+    Packed lm_head;         // hidden_size -> width, or no panels
+    float* base;            // [slots, rows, width] logits before the bias; scratch with an lm_head
+    const float* hidden;    // [rows, block, hidden_size], of which the first slots are drawn
+    float* by_slot;         // scratch [slots, rows, hidden_size]; not with a single row
     const float* embedding; // [vocab, rank] of the token before
     const float* confidence;  // [hidden_size + rank] and a bias behind, or null
     const int64_t* anchors; // [rows] tokens before the first slot
@@ -54,7 +58,13 @@ struct Block {
     float* largest;         // [rows, slots] out: the largest draft probability
     float* accepted;        // [rows, slots] out: probability of acceptance
     float* embedded;        // scratch [rows, rank]
-    int64_t slots, hidden_size;
+    int64_t slots, block, hidden_size;
+};
+
+struct Draft {
+    const Context* context;  // or null
+    const Decoder* decoder;  // whose hidden states are the block's
+    const Block* block;
 };
 
 float dot(const float* a, const float* b, int64_t count) {
@@ -79,13 +89,22 @@ float largest_probability(const float* x, int64_t count) {
 
 void run_block(Member& member, const Block& b) {
     int64_t rows = b.draw.rows, width = b.draw.width, rank = b.bias.inputs;
+    const float* hidden = b.hidden;
+    if (rows > 1) {
+        member.share(b.slots * rows, [&](int64_t at) {
+            const float* from = b.hidden + (at % rows * b.block + at / rows) * b.hidden_size;
+            std::memcpy(b.by_slot + at * b.hidden_size, from, b.hidden_size * sizeof(float));
+        });
+        hidden = b.by_slot;
+    }
+    if (b.lm_head.panels) run_product(member, product(b.lm_head, b.slots * rows, hidden, b.base));
     for (int64_t slot = 0; slot < b.slots; slot++) {
         member.share(rows, [&](int64_t row) {
             int64_t before = slot ? b.tokens[row * b.slots + slot - 1] : b.anchors[row];
             float* e = b.embedded + row * rank;
             std::memcpy(e, b.embedding + before * rank, rank * sizeof(float));
             if (!b.confidence) return;
-            const float* h = b.hidden + (slot * rows + row) * b.hidden_size;
+            const float* h = hidden + (slot * rows + row) * b.hidden_size;
             float logit = dot(h, b.confidence, b.hidden_size) + dot(e, b.confidence + b.hidden_size, rank);
             b.accepted[row * b.slots + slot] = 1.0f / (1.0f + std::exp(-logit - b.confidence[b.hidden_size + rank]));
         });
@@ -107,6 +126,16 @@ void dspark_context(const Context* context) {
 
 void dspark_block(const Block* block) {
     parallel(block->draw.threads, [&](Member& member) { run_block(member, *block); });
+}
+
+// What dspark_context, dspark_decoder and dspark_block do, one after the other.
+void dspark_draft(const Draft* draft) {
+    std::vector<int64_t> starts = chunk_starts(*draft->decoder->attention);
+    parallel(draft->block->draw.threads, [&](Member& member) {
+        if (draft->context) run_context(member, *draft->context);
+        run_decoder(member, *draft->decoder, starts);
+        run_block(member, *draft->block);
+    });
 }
 
 }  // extern "C"
