@@ -127,7 +127,7 @@ class TargetOutput:
     """What the target's forward returns for a StepBatch: logits of the samples, then of the scores, and the taps."""
 
     logits: Tensor  # [samples + scores, vocab] float32
-    taps: Tensor | None  # [tokens, len(taps) * hidden], layers concatenated in the order asked for
+    taps: Tensor | None  # [tokens, len(taps) * hidden], layers concatenated in the order asked for; None: in the store
 
 
 @dataclass(frozen=True)

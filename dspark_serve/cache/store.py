@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark_kernels import huge_pages
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -47,9 +49,17 @@ class KVStore:
         self.page_size = page_size
         self.num_pages = num_pages
         self.layers = tuple(layers)
-        shape = (num_pages, page_size)
-        self.keys = [torch.zeros((*shape, g.kv_heads, g.head_dim), dtype=dtype, device=device) for g in layers]
-        self.values = [torch.zeros((*shape, g.kv_heads, g.value_dim), dtype=dtype, device=device) for g in layers]
+
+        def zeros(kv_heads: int, width: int) -> Tensor:
+            shape = num_pages, page_size, kv_heads, width
+            if torch.device(device).type == "cpu":
+                return huge_pages.zeros(shape, dtype)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.keys = [zeros(g.kv_heads, g.head_dim) for g in layers]
+        self.values = [zeros(g.kv_heads, g.value_dim) for g in layers]
+        # [slots, width]: a layer's memory, where a drafter that keeps the target's taps wants each token's at its slot.
+        self.taps: Tensor | None = None
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k [tokens, kv_heads, head_dim] and v [tokens, kv_heads, value_dim] at slots [tokens]."""

@@ -40,7 +40,8 @@ class Drafter(Protocol):
         ...
 
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
-        """Called once per step, after verification; taps: [tokens, len(self.taps) * hidden] of every batch token."""
+        """Called once per step, after verification; taps: [tokens, len(self.taps) * hidden] of every batch token, None
+        where they are in the store's taps, or none were wanted."""
         ...
 
     def release(self, request_id: str) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Owed = tuple[Tensor, Tensor, int]  # positions [n] int64, slots [n] int64, a position beyond all of them
 
-_AT_ONCE = 256  # tokens whose taps are put into the store together: it takes as long as it does for those of one
+_TOGETHER = 16  # steps whose slots are marked in one go: it takes as long as it does for those of one
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
 _MOSTLY = 0.5  # share of rows that have drafted of late from which context is written at once: they will again
 _SHARE_GAIN = 0.125  # of that share, per step
@@ -155,11 +155,10 @@ class DSparkDrafter:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
         if head.keeps_taps:  # in a layer of the store, [slots, len(taps) * hidden]
-            self._kept = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
-        self._seen: list[tuple[Tensor, Tensor]] = []  # slots and taps of steps, not in the store yet
-        self._num_seen = 0  # tokens of those
+            self._kept = store.taps = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
         # Slots with taps and no context yet.
         self._owed = np.zeros((store.num_pages, store.page_size), dtype=np.bool_)
+        self._fresh: list[Tensor] = []  # slots of the last steps, not marked there yet
         self._drafting = 0  # rows that draft in this step
         self._share = 1.0  # of the rows, of late
         self._block: BlockPass = lambda rows: head.block(rows, store, first_layer)
@@ -231,37 +230,36 @@ class DSparkDrafter:
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
         next to nothing, and those that do have many tokens written in one pass over the weights."""
-        assert taps is not None
         if not self._head.keeps_taps:
+            assert taps is not None
             fresh = taps, batch.positions, batch.slots
             if (index := committed(batch, verdict)) is not None:
                 fresh = taps[index], batch.positions[index], batch.slots[index]
             return self._head.write_context(*fresh, max(batch.context_lens), self._store, self._first_layer)
         # Those of rejected drafts as well: what comes to their slots is written there before anything reads them.
-        self._seen.append((batch.slots, taps))
-        self._num_seen += len(batch.slots)
+        if taps is not None:
+            self._kept.index_copy_(0, batch.slots, taps.to(self._kept.dtype))
+        self._fresh.append(batch.slots)
         self._share += _SHARE_GAIN * (self._drafting / len(batch.query_lens) - self._share)
         self._drafting = 0
-        if self._num_seen >= _AT_ONCE:
-            self._keep()
         if len(batch.slots) >= _ENOUGH and self._share >= _MOSTLY:
-            self._keep()
             now = batch.positions, batch.slots, max(batch.context_lens)
             self._head.write_kept(self._kept, *now, self._store, self._first_layer)
+            self._mark_fresh()
             self._owed.ravel()[batch.slots.numpy()] = False
+        elif len(self._fresh) >= _TOGETHER:
+            self._mark_fresh()
 
-    def _keep(self) -> None:
-        """Puts into the store what was seen, in order: a slot has what came to it last."""
-        for slots, taps in self._seen:
-            self._kept.index_copy_(0, slots, taps if taps.dtype == self._kept.dtype else taps.to(self._kept.dtype))
-            self._owed.ravel()[slots.numpy()] = True
-        self._seen, self._num_seen = [], 0
+    def _mark_fresh(self) -> None:
+        if self._fresh:
+            self._owed.ravel()[torch.cat(self._fresh).numpy()] = True
+            self._fresh.clear()
 
     def _owed_to(self, rows: Sequence[Row]) -> Owed | None:
         """Context of these rows that is not there."""
         if not self._head.keeps_taps:
             return None
-        self._keep()
+        self._mark_fresh()
         self._drafting, size = len(rows), self._store.page_size
         slots, positions = [], []
         for row in rows:

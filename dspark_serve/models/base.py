@@ -37,7 +37,8 @@ class TargetModel(Protocol):
     def forward(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> TargetOutput:
         """Run every token of the ragged batch once, write its K/V into `store` at batch.slots, and return float32
         logits at batch.sample_index followed by batch.score_index (when given), plus the taps: for each layer id l the
-        output of decoder layer l (residual stream, before the final norm), -1 being the embedding output.
+        output of decoder layer l (residual stream, before the final norm), -1 being the embedding output. A model may
+        put the taps straight into store.taps, where there is such, at batch.slots, and return none.
 
         Row r's tokens are the last query_lens[r] of its context_lens[r] keys; token i of the row sees keys 0..i of its
         own context, found through page_table[r]. Runs under inference mode. Row invariance on CPU in float32: a
@@ -69,7 +70,8 @@ class StagedModel(TargetModel, Protocol):
         ...
 
     def trunk(self, batch: StepBatch, store: KVStore, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
-        """Every layer, K/V written: the residual stream before the final norm [tokens, hidden], and the taps."""
+        """Every layer, K/V written: the residual stream before the final norm [tokens, hidden], and the taps unless
+        they are in the store."""
         ...
 
     def logits(self, hidden: Tensor, batch: StepBatch) -> Tensor:

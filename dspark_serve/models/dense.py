@@ -265,10 +265,12 @@ class DenseModel:
     def _run_stack(
         self, stack: DecoderStack, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]
     ) -> Tensor | None:
-        """All layers in one call; overwrites `hidden` with the last one's output."""
+        """All layers in one call; overwrites `hidden` with the last one's output. Returns taps that are not in the
+        store."""
         count, rotary = len(self._layers), (batch.positions, self._rotary.table(max(batch.context_lens)))
         keys, values = store.keys[:count], store.values[:count]
-        return stack(hidden, keys, values, batch.slots, batch.page_table, meta.rows, rotary, taps=taps).run()
+        at = keys, values, batch.slots, batch.page_table, meta.rows, rotary
+        return stack(hidden, *at, taps=taps, into=store.taps if taps else None).run()
 
     def _run_layers(
         self, hidden: Tensor, batch: StepBatch, meta: AttnMeta, store: KVStore, taps: Sequence[int]

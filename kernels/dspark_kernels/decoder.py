@@ -32,14 +32,14 @@ class Decoding(ctypes.Structure):
     alive: tuple[object, ...]  # what the pointers lead to
     library: ctypes.CDLL
     _fields_ = (
-        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "norm", "hidden", "tapped")),
+        *((name, c_void_p) for name in ("layers", "attention", "tap_column", "norm", "hidden", "tapped", "tap_slots")),
         *((name, c_void_p) for name in ("normed", "qkv", "attended", "middle", "between")),
         *((name, c_int64) for name in ("count", "rows", "width", "tap_stride")),
         ("eps", c_float),
     )
 
     def run(self) -> Tensor | None:
-        """All layers, once. Returns the taps, None without any."""
+        """All layers, once. Returns the taps, None without any or where they went elsewhere."""
         self.library.dspark_decoder(ctypes.byref(self))
         return self.taps
 
@@ -91,6 +91,7 @@ class DecoderStack:
         *,
         block: bool = False,  # as for Kernels.attention; slots are not looked at then
         taps: Sequence[int] = (),  # different layers, whose output is wanted
+        into: Tensor | None = None,  # [slots of the store, len(taps) * hidden]: there, each token's at its slot
         norm: Tensor | None = None,  # [hidden] contiguous: RMSNorm of the last layer's output; not of taps
     ) -> Decoding:
         """Of which nothing is computed yet. Good until the stack is called with another store."""
@@ -99,7 +100,9 @@ class DecoderStack:
         first = self._weights[0]
         sizes = (width, first.qkv.outputs, self._heads * self._head_dim, width, first.gate_up.outputs)
         scratch = hidden.new_empty(tokens * sum(sizes))
-        tapped = hidden.new_empty(tokens, len(taps) * width) if taps else None
+        if into is not None and into.shape[1] != len(taps) * width:
+            raise ValueError(f"{len(taps)} taps of {width} do not fill rows of {into.shape[1]}")
+        tapped = hidden.new_empty(tokens, len(taps) * width) if taps and into is None else None
         columns = [-1] * len(self._layers)
         for index, tap in enumerate(taps):
             columns[tap] = index * width
@@ -112,7 +115,8 @@ class DecoderStack:
             ctypes.addressof(column),
             pointer(norm),
             hidden.data_ptr(),
-            pointer(tapped),
+            pointer(tapped if into is None else into),
+            None if into is None else slots.data_ptr(),
             *(scratch.data_ptr() + 4 * tokens * before for before in accumulate(sizes[:-1], initial=0)),
             len(self._layers),
             tokens,
@@ -121,7 +125,7 @@ class DecoderStack:
             self._eps,
         )
         run.taps, run.library = tapped, self._kernels.library
-        run.alive = attention, column, scratch, hidden, slots, pages, rows, rotary, norm, self
+        run.alive = attention, column, scratch, hidden, slots, pages, rows, rotary, norm, into, self
         return run
 
     def _attention(

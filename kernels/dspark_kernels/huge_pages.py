@@ -1,11 +1,15 @@
-"""Memory for weights, in huge pages where the system has them: a step reads every weight once, in order, and with pages
-of 4 KiB a thirtieth of that time goes into finding out where the next one lies."""
+"""Memory in huge pages where the system has them. A step reads every weight once, in order, and with pages of 4 KiB a
+thirtieth of that time goes into finding out where the next one lies. Memory of keys and values is not there before it
+is first written to, and each page takes a microsecond to come: a hundredth of a step."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +32,17 @@ def empty(num_bytes: int) -> Tensor:
     return found
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As torch.zeros; what is not written to is not resident."""
+    memory = empty(math.prod(shape) * dtype.itemsize)  # that nobody has had before, as the system gives it
+    return memory.view(dtype).view(*shape)
+
+
 def _chunk(num_bytes: int) -> Tensor:
     size = -(-max(num_bytes, _CHUNK) // _PAGE) * _PAGE
-    memory = mmap.mmap(-1, size + _PAGE)
+    # Private: shared memory, which is Python's default, gets huge pages by another setting, and mostly none.
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    memory = mmap.mmap(-1, size + _PAGE, **private)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
     if advice is not None:
         with contextlib.suppress(OSError):  # a kernel without huge pages

@@ -25,9 +25,11 @@ void run_layer(Member& member, const Decoder& d, const Layer& layer, int64_t tap
     run_product(member, gates);
     run_product(member, product(layer.down, d.rows, d.between, d.hidden, d.middle));
     if (tap < 0) return;
-    member.share(d.rows, [&](int64_t row) {
-        std::memcpy(d.taps + row * d.tap_stride + tap, d.hidden + row * d.width, d.width * sizeof(float));
-    });
+    // Nobody waits: the next layers read these rows, and write them only behind barriers of their own.
+    for (int64_t row = member.index(); row < d.rows; row += member.size()) {
+        float* to = d.taps + (d.tap_slots ? d.tap_slots[row] : row) * d.tap_stride + tap;
+        std::memcpy(to, d.hidden + row * d.width, d.width * sizeof(float));
+    }
 }
 
 }  // namespace
@@ -37,6 +39,7 @@ namespace dspark {
 void run_decoder(Member& member, const Decoder& d, const std::vector<int64_t>& starts) {
     for (int64_t i = 0; i < d.count; i++) run_layer(member, d, d.layers[i], d.tap_column[i], starts);
     if (!d.norm) return;
+    if (d.tap_column[d.count - 1] >= 0) member.wait();  // which is read without the norm
     member.share(d.rows, [&](int64_t row) {
         rms_norm(d.hidden + row * d.width, d.norm, d.hidden + row * d.width, d.width, d.eps);
     });

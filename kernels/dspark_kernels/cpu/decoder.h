@@ -21,6 +21,7 @@ struct Decoder {
     const float* norm;           // [width] RMSNorm weight that the last layer's output gets, or null
     float *hidden;               // [rows, width], in and out
     float *taps;                 // [rows, tap_stride]
+    const int64_t* tap_slots;    // [rows] the row of `taps` that each row's go to, or null: its own
     float *normed, *qkv, *attended, *middle, *between;  // scratch of the products' shapes
     int64_t count, rows, width, tap_stride;
     float eps;

@@ -48,6 +48,7 @@ public:
 #endif
     }
 
+    int64_t index() const { return index_; }
     int64_t size() const { return size_; }
 
     // what(part) for parts 0..parts - 1 (fewer than 2^32), each by one thread; ends with a barrier.
@@ -58,6 +59,11 @@ public:
             int64_t owner = (index_ + k) % size_, first = parts * owner / size_, stop = parts * (owner + 1) / size_;
             for (int64_t part; (part = team_.take(owner, loop_, first, stop)) < stop;) what(part);
         }
+        wait();
+    }
+
+    // For all others to get here.
+    void wait() {
 #pragma omp barrier
     }
 
