@@ -53,6 +53,7 @@ class Engine:
         self.runner = runner
         self.rule = rule
         self._drafting = drafting or drafting_for(drafter, budget, scheduler, batcher.device)
+        self._learning_ms = 0.0  # from the last step: counted with the next, which is mostly of the same kind
 
     @torch.inference_mode()
     def step(self) -> StepReport:
@@ -61,7 +62,7 @@ class Engine:
             return self._step()
 
     def _step(self) -> StepReport:
-        clock = Clock()
+        clock = Clock(self._learning_ms)
         plan = self._drafting.admit(self.scheduler.plan(), self.budget)
         if not plan.rows:
             return StepReport(num_preempted=plan.num_preempted)
@@ -84,6 +85,7 @@ class Engine:
         for delta in report.deltas:
             if delta.finish_reason is not None:
                 self._release(delta.request_id)
+        self._learning_ms = clock.since_ms
         return replace(report, phase_ms=clock.phase_ms, budget=learned)
 
     def add(self, request: Request) -> None:
