@@ -33,7 +33,7 @@ _GLANCE_SHARE = 0.001  # likewise for lookups
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
 _HOLD = 32  # steps that a decision holds for while the rows are the same
-_ALIKE = 4  # that nobody drafts holds, too, while no more than one row in so many came or went
+_ALIKE = 4  # it holds, too, while no more than one row in so many came or went
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement
 
@@ -124,26 +124,35 @@ class Admitted:
         return int(np.count_nonzero(self.lookup))
 
 
-@dataclass
 class _Held:
     """A decision, for some steps."""
 
-    members: Members
-    rows: int  # of the plan
-    admitted: Admitted
-    until: int  # the step at which it has to be made anew
+    def __init__(self, members: Members, rows: int, admitted: Admitted, until: int) -> None:
+        """rows: of the plan. until: the step at which it has to be made anew."""
+        self.until = until
+        self._rows = rows
+        self._last = members, rows, admitted
+        costly, lookup = admitted.costly.tolist(), admitted.lookup.tolist()
+        self._decided = dict(zip(members.batch, zip(costly, lookup, strict=True), strict=True))
+        most = len(costly) / 2
+        self._usual = admitted.drafting > most, admitted.looking > most
 
-    def over(self, members: Members, rows: int, step: int) -> bool:
-        """A decision reads a dozen cold arrays, which takes as long as a percent of a step. With many rows one ends
-        every few steps, and whether nobody drafts depends on all of them."""
+    def still(self, members: Members, rows: int, step: int) -> Admitted | None:
+        """The decision as it goes for these rows; None if it has to be made anew.
+
+        A decision reads a dozen cold arrays, which takes as long as a percent of a step, and with many rows one ends
+        every few steps. Rows that are new since then are treated as most of the others.
+        """
         if step >= self.until:
-            return True
-        if members is self.members and rows == self.rows:
-            return False
-        if self.admitted.drafting + self.admitted.looking:
-            return True
-        before, now = set(self.members.batch), set(members.batch)
-        return max(len(before - now), len(now - before), abs(rows - self.rows)) * _ALIKE > len(before)
+            return None
+        if members is not self._last[0] or rows != self._last[1]:
+            before, now = self._decided.keys(), set(members.batch)
+            if max(len(before - now), len(now - before), abs(rows - self._rows)) * _ALIKE > len(before):
+                return None
+            decided = [self._decided.get(request, self._usual) for request in members.batch]
+            both = np.array(decided, dtype=np.bool_).reshape(-1, 2)
+            self._last = members, rows, Admitted(both[:, 0], both[:, 1])
+        return self._last[2]
 
 
 def _may_pay(gain: Floats, load: Load, plain_ms: float, least_ms: float) -> bool:
@@ -174,9 +183,9 @@ class Admission:
 
         Rows of which too little is known draft.
         """
-        held = self._held
-        if held is not None and not held.over(members, load.rows, step):
-            return held.admitted if members is held.members else Admitted.nobody(len(rows))
+        held = None if self._held is None else self._held.still(members, load.rows, step)
+        if held is not None:
+            return held
         limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
         least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
         gain = self._drafted.whole(members, limits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,7 +67,7 @@ def stored_maps(head_dir: Path) -> dict[str, tuple[SlotMap, ...]]:
 
 def temperature_ranges(temperatures: Sequence[float]) -> npt.NDArray[np.int64]:
     """Index of the range that each falls into; 0 is greedy."""
-    return np.searchsorted(RANGES, temperatures).astype(np.int64)
+    return np.array([bisect_left(RANGES, temperature) for temperature in temperatures], dtype=np.int64)
 
 
 @dataclass(frozen=True)

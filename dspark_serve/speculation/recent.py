@@ -38,11 +38,8 @@ class Members:
 
     @staticmethod
     def of(requests: tuple[Request, ...]) -> Members:
-        temperatures = [request.params.temperature for request in requests]
-        known = list(set(temperatures))  # few
-        levels = dict(zip(known, temperature_ranges(known).tolist(), strict=True))
-        found = sorted(set(levels.values()))
-        ranges = np.array([levels[temperature] for temperature in temperatures], dtype=np.int64)
+        ranges = temperature_ranges([request.params.temperature for request in requests])
+        found = sorted(set(ranges.tolist()))
         rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
         ids = tuple([request.request_id for request in requests])
         return Members(requests, ids, ranges, rows, found in ([], [0]))

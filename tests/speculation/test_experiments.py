@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dspark_serve.speculation import admission
-from dspark_serve.speculation.admission import _HOLD, Allowance
+from dspark_serve.speculation.admission import _HOLD, Admitted, Allowance, _Held
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget
+from dspark_serve.speculation.recent import Members
 from dspark_serve.types import Plan, Request, Row, SamplingParams, SpeculationParams
 from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Server, budget, cheap, cost, dear, drafting, served
 
@@ -235,3 +236,21 @@ def test_nothing_is_probed_where_the_best_drafts_would_not_pay(per_token_ms: flo
     server.drafted.clear()
     server.run(3000)
     assert (sum(server.drafted) > 0) == probes
+
+
+def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
+    requests = [Request(f"r{place}", (1,), SamplingParams(), seed=0) for place in range(9)]
+    members = [Members.of(tuple(requests[first : first + 8])) for first in (0, 1)]
+    costly = np.array([True, False, True, True, True, True, False, True])
+    made = Admitted(costly, ~costly)
+    held = _Held(members[0], 8, made, until=50)
+    assert held.still(members[0], 8, 10) is made
+    like = held.still(members[1], 8, 10)
+    assert like is not None
+    assert like.costly.tolist() == [*costly[1:].tolist(), True]  # the new row does what most do
+    assert like.lookup.tolist() == [*(~costly[1:]).tolist(), False]
+    assert held.still(members[1], 8, 11) is like
+    assert held.still(members[0], 8, 12).costly.tolist() == costly.tolist()  # type: ignore[union-attr]
+    assert held.still(members[0], 8, 50) is None
+    assert held.still(members[0], 11, 12) is None  # three prompts beside eight rows
+    assert held.still(Members.of(tuple(requests[:5])), 5, 12) is None
