@@ -143,7 +143,7 @@ class Serving:
         if report.budget is not None:
             predicted_ms = report.budget.predicted_step_ms + report.budget.predicted_draft_ms
             took_ms = sum(report.phase_ms.values())
-            served.misses.append(abs(predicted_ms / took_ms - 1))
+            served.misses.append(abs(predicted_ms / (took_ms - report.phase_ms["learn"]) - 1))
             if self._waiting and report.plain_ms is not None:
                 served.took_ms += took_ms
                 served.plain_ms += report.plain_ms

@@ -35,7 +35,7 @@ from dspark_serve.reports import StepReport
 from dspark_serve.types import Request, SamplingParams
 
 NEW_TOKENS = 128
-HOST_PHASES = ("plan", "propose", "build", "verify", "commit")
+HOST_PHASES = ("plan", "propose", "build", "verify", "commit", "learn")
 COPY_TEXTS = [
     "The old lighthouse stood at the edge of the cliff. Every evening, Martha climbed its ninety-two steps to light "
     "the lamp. From the top she could see the fishing boats returning to the harbour, their sails orange in the low "

@@ -186,7 +186,14 @@ class Recording:
         )
         return sum(each.ms for each in self.steps) / said_ms
 
-    def learn(self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]) -> Any:
+    def learn(
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        results: Sequence[RowResult],
+        phase_ms: Mapping[str, float],
+        before_ms: float = 0.0,
+    ) -> Any:
         drafted = [(row, result) for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         confidence = None if proposal.confidence is None else proposal.confidence.tolist()
         largest = None if proposal.largest is None else proposal.largest.tolist()
@@ -199,7 +206,7 @@ class Recording:
         took_ms = sum(ms for phase, ms in phase_ms.items() if phase != "propose")
         kept = [result.n_kept for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
         self.steps.append(Timed(*_step(plan, kept), took_ms))
-        return self._budget.learn(plan, proposal, results, phase_ms)
+        return self._budget.learn(plan, proposal, results, phase_ms, before_ms)
 
 
 class TracedDrafts:

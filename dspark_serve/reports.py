@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from dspark_serve.types import BudgetReport, FinishReason, SpeculationStats, TokenLogprobs, VerifyMode
 
-PHASES = ("plan", "propose", "build", "forward", "verify", "commit")  # of a step, in order
+PHASES = ("plan", "propose", "build", "forward", "verify", "commit", "learn")  # of a step, in order
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class StepReport:
         return sum([len(delta.token_ids) for delta in self.deltas])
 
     @property
+    def target_ms(self) -> float:
+        """The step without what there is for speculation alone: what the budget predicts with `predicted_step_ms`."""
+        return sum([ms for phase, ms in self.phase_ms.items() if phase not in ("propose", "learn")])
+
+    @property
     def plain_ms(self) -> float | None:
         """Estimated time without speculation for the tokens that came out; None of a budget that does not predict.
 
@@ -68,9 +73,8 @@ class StepReport:
         """
         if self.budget is None:
             return None
-        took_ms = sum([ms for phase, ms in self.phase_ms.items() if phase != "propose"])
         added_ms = self.budget.predicted_step_ms - self.budget.plain_step_ms
-        return max(0.0, took_ms - added_ms) + (self.num_generated - len(self.rows)) * self.budget.plain_token_ms
+        return max(0.0, self.target_ms - added_ms) + (self.num_generated - len(self.rows)) * self.budget.plain_token_ms
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,11 @@ import torch
 
 
 class Clock:
-    """Times phase after phase, from when it is made; `before_ms`: of what passed already, for the first phase."""
+    """Times phase after phase, from when it is made."""
 
-    def __init__(self, before_ms: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.phase_ms: dict[str, float] = {}
-        self._last = time.perf_counter() - before_ms / 1e3
-
-    @property
-    def since_ms(self) -> float:
-        """What has passed since the last lap."""
-        return (time.perf_counter() - self._last) * 1e3
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """What has passed since the last lap was this phase."""

@@ -53,7 +53,7 @@ class Engine:
         self.runner = runner
         self.rule = rule
         self._drafting = drafting or drafting_for(drafter, budget, scheduler, batcher.device)
-        self._learning_ms = 0.0  # from the last step: counted with the next, which is mostly of the same kind
+        self._learning_ms = 0.0  # from the last step
 
     @torch.inference_mode()
     def step(self) -> StepReport:
@@ -62,7 +62,7 @@ class Engine:
             return self._step()
 
     def _step(self) -> StepReport:
-        clock = Clock(self._learning_ms)
+        clock = Clock()
         plan = self._drafting.admit(self.scheduler.plan(), self.budget)
         if not plan.rows:
             return StepReport(num_preempted=plan.num_preempted)
@@ -81,11 +81,12 @@ class Engine:
         clock.lap("verify")
         report = self.scheduler.commit(plan, results)
         clock.lap("commit")
-        learned = self.budget.learn(plan, proposal, results, clock.phase_ms)
+        learned = self.budget.learn(plan, proposal, results, clock.phase_ms, self._learning_ms)
         for delta in report.deltas:
             if delta.finish_reason is not None:
                 self._release(delta.request_id)
-        self._learning_ms = clock.since_ms
+        clock.lap("learn")
+        self._learning_ms = clock.phase_ms["learn"]
         return replace(report, phase_ms=clock.phase_ms, budget=learned)
 
     def add(self, request: Request) -> None:

@@ -88,13 +88,12 @@ class Live:
         self._generated += sum(len(delta.token_ids) for delta in report.deltas)
         for row in report.rows:
             self._count(row.n_kept, row.n_accepted)
-        drafting_ms = report.phase_ms.get("propose", 0.0)
         self._steps.append(
             Step(
                 tokens=report.num_tokens,
                 kept=sum(row.n_kept for row in report.rows),
                 accepted=sum(row.n_accepted for row in report.rows),
-                ms=sum(report.phase_ms.values()) - drafting_ms,
+                ms=report.target_ms,
                 predicted_ms=None if report.budget is None else report.budget.predicted_step_ms,
             )
         )

@@ -36,6 +36,8 @@ _HOLD = 32  # steps that a decision holds for while the rows are the same
 _ALIKE = 4  # it holds, too, while no more than one row in so many came or went
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement
+_LESSON_GAIN = 0.05
+_ODD_MS = 5.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,26 @@ class Allowance:
             return False
         self.saved_ms -= cost_ms
         return True
+
+
+@dataclass
+class Lesson:
+    """How much longer it takes to learn from a step with drafts than from one without."""
+
+    with_ms: float = 0.0
+    without_ms: float = 0.0
+
+    def add(self, drafted: bool, ms: float) -> None:
+        if not 0 < ms < _ODD_MS:  # none yet, or the process was stopped meanwhile
+            return
+        if drafted:
+            self.with_ms += _LESSON_GAIN * (ms - self.with_ms)
+        else:
+            self.without_ms += _LESSON_GAIN * (ms - self.without_ms)
+
+    @property
+    def ms(self) -> float:
+        return max(self.with_ms - self.without_ms, 0.0)
 
 
 @dataclass(frozen=True)
@@ -176,6 +198,7 @@ class Admission:
         self._found = Recent(own, "found")  # the same of lookups, with those that found nothing
         self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_GLANCE_SHARE)
         self._lookup_ms = _LOOKUP_MS
+        self.lesson = Lesson()
         self._held: _Held | None = None
 
     def decide(self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int) -> Admitted:
@@ -217,6 +240,7 @@ class Admission:
         draft_ms [rows + 1]: the time to draft for 0, 1, ... rows. times: the load's.
         """
         kept, gain, unknown = recent.expected(members, limits)
+        draft_ms[1:] += self.lesson.ms
         worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
         return worth if unknown is None else worth | unknown
 

@@ -42,9 +42,15 @@ class Budget(Protocol):
         ...
 
     def learn(
-        self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        results: Sequence[RowResult],
+        phase_ms: Mapping[str, float],
+        before_ms: float = 0.0,
     ) -> BudgetReport | None:
-        """After the step; results are of all the plan's rows, with n_kept filled in."""
+        """After the step; results are of all the plan's rows, with n_kept filled in. before_ms: what this took after
+        the step before."""
         ...
 
     def release(self, request_id: str) -> None:
@@ -66,7 +72,12 @@ class KeepAll:
         return proposal.n_draft
 
     def learn(
-        self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        results: Sequence[RowResult],
+        phase_ms: Mapping[str, float],
+        before_ms: float = 0.0,
     ) -> BudgetReport | None:
         return None
 
@@ -128,6 +139,7 @@ class AutoBudget:
         self._drafter, self._costly = drafter, costly
         self._per_user = tokens_per_s_per_user
         self._full = Allowance(_FULL_SHARE)
+        self._drafted_before = False  # in the step before
         self._admission = None if costly is None else Admission(cost, costly, lookup, calibrator.own)
         self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
         self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
@@ -239,10 +251,18 @@ class AutoBudget:
     # ---- after the step
 
     def learn(
-        self, plan: Plan, proposal: Proposal, results: Sequence[RowResult], phase_ms: Mapping[str, float]
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        results: Sequence[RowResult],
+        phase_ms: Mapping[str, float],
+        before_ms: float = 0.0,
     ) -> BudgetReport | None:
         propose_ms = phase_ms.get("propose", 0.0)
         step_ms = sum(phase_ms.values()) - propose_ms
+        if self._admission is not None:
+            self._admission.lesson.add(self._drafted_before, before_ms)
+        self._drafted_before = not self._resting and self._step.signals is not None
         if self._resting and self._rest is not None:
             return self._rest.add(step_ms)
         step, load, kept, accepted, draft_ms = self._step, self._step.load, 0, 0, 0.0

@@ -192,7 +192,8 @@ def test_the_budget_is_asked_before_the_drafter():
         def admit(self, plan):
             return replace(plan, rows=tuple(replace(row, max_drafts=0) for row in plan.rows))
 
-        def learn(self, plan, proposal, results, phase_ms):
+        def learn(self, plan, proposal, results, phase_ms, before_ms):
+            assert (before_ms > 0) == (self.learned > 0)
             assert len(results) == len(plan.rows)
             assert {"propose", "forward", "commit"} <= set(phase_ms)
             self.learned += 1

@@ -254,3 +254,21 @@ def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
     assert held.still(members[0], 8, 50) is None
     assert held.still(members[0], 11, 12) is None  # three prompts beside eight rows
     assert held.still(Members.of(tuple(requests[:5])), 5, 12) is None
+
+
+def test_what_learning_takes_is_part_of_the_price() -> None:
+    server = served(cheap, [0.8] * 3)
+    server.run(100)
+    assert server.drafted[-1] == 3
+    admission = server.budget._admission
+    assert admission is not None
+    lesson = admission.lesson
+    for drafted, ms in ((True, 0.4), (False, 0.1), (True, 1e6), (False, 0.0), (True, -1.0)):
+        for _ in range(200):
+            lesson.add(drafted, ms)  # what cannot be is dropped
+    assert lesson.ms == pytest.approx(0.3, abs=0.01)
+    server.run(2 * _HOLD)
+    assert server.drafted[-1] == 3
+    lesson.with_ms = 1e3
+    server.run(2 * _HOLD)
+    assert server.drafted[-1] == 0
