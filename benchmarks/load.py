@@ -40,7 +40,7 @@ _LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
 _FEWEST = 12  # requests of a round
 _WARM_TOKENS = 8
 _ROUNDS = {True: 2, False: 3}  # by whether it is to be quick
-_NEW_TOKENS = {True: 24, False: 48}  # of an answer, in the mean
+_NEW_TOKENS = {True: 24, False: 96}  # of an answer, in the mean
 _PROMPTS = (
     48  # of a workload, asked again and again with other seeds: they are in the prefix cache from the second time
 )
