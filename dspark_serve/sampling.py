@@ -335,4 +335,4 @@ def logprob_table(raw_logits: Tensor, chosen: Tensor, n: int) -> LogprobTable:
     value = logprobs.gather(1, chosen.unsqueeze(1))  # [positions, 1]
     top_ids = _top(raw_logits, min(n, raw_logits.shape[1]))[1] if n else chosen.unsqueeze(1)[:, :0]
     larger = raw_logits > raw_logits.gather(1, chosen.unsqueeze(1))
-    return LogprobTable(value.squeeze(1), larger.sum(-1) + 1, top_ids, logprobs.gather(1, top_ids))
+    return LogprobTable(chosen, value.squeeze(1), larger.sum(-1) + 1, top_ids, logprobs.gather(1, top_ids))

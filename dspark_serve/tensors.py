@@ -233,21 +233,25 @@ class Proposal:
 class LogprobTable:
     """Log-softmax of raw logits at some positions: the given token's entry and the most likely ones."""
 
+    token: Tensor  # [positions] int64, the given ones
     chosen: Tensor  # [positions] float32
     rank: Tensor  # [positions] int64, 1 is the most likely
     top_ids: Tensor  # [positions, n] int64
     top_values: Tensor  # [positions, n] float32
 
-    def to_host(self, tokens: Sequence[int], counts: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-        """One TokenLogprobs per position with the first counts[i] alternatives; tokens[i] is the chosen token."""
-        # One copy from the device, as float64, which holds every entry exactly.
-        columns = [self.chosen.unsqueeze(1), self.rank.unsqueeze(1), self.top_values, self.top_ids]
-        lines, width = torch.cat([column.double() for column in columns], dim=1).tolist(), self.top_ids.shape[1]
-        found = []
-        for (chosen, rank, *rest), token, n in zip(lines, tokens, counts, strict=True):
-            top = zip(map(int, rest[width:]), rest[:width], strict=True)
-            found.append(TokenLogprobs(token, chosen, int(rank), tuple(top)[:n]))
-        return tuple(found)
+    def packed(self) -> Tensor:
+        """All of it side by side [positions, 3 + 2 * n] float64, which holds every entry exactly."""
+        columns = [self.token.unsqueeze(1), self.chosen.unsqueeze(1), self.rank.unsqueeze(1), self.top_values]
+        return torch.cat([column.double() for column in (*columns, self.top_ids)], dim=1)
+
+
+def unpacked(lines: Floats, count: int) -> tuple[TokenLogprobs, ...]:
+    """One per line of what `LogprobTable.packed` gave, with the first `count` alternatives."""
+    found, width = [], (lines.shape[1] - 3) // 2
+    for token, chosen, rank, *rest in lines.tolist():
+        top = zip(map(int, rest[width:]), rest[:width], strict=True)
+        found.append(TokenLogprobs(int(token), chosen, int(rank), tuple(top)[:count]))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -264,21 +268,37 @@ class Verdict:
 
     n_accepted: Tensor  # [rows] int64; 0 for rows that do not sample
     tokens: Tensor  # [rows, max_kept + 1] int64: accepted drafts, then the bonus token, then -1; all -1 if no sample
+    also: tuple[Tensor, ...] = ()  # whatever else of the step the host is to know
 
     def to_host(self) -> list[RowResult]:
         """Draft counts and logprobs are the engine's to add."""
         return [RowResult(tokens=tokens) for tokens in self.host_tokens]
 
-    @cached_property
+    @property
     def host_tokens(self) -> list[tuple[int, ...]]:
-        """Per row the tokens that came out, all but the last of them accepted drafts. One device-to-host copy."""
-        return _without_padding(self.tokens.tolist())
+        """Per row the tokens that came out, all but the last of them accepted drafts."""
+        return self._there[0]
+
+    @property
+    def host_also(self) -> list[npt.NDArray[Any]]:
+        return self._there[1]
+
+    @cached_property
+    def _there(self) -> tuple[list[tuple[int, ...]], list[npt.NDArray[Any]]]:
+        return self._fetched()[0]
 
     def fetch(self, *others: Tensor) -> list[npt.NDArray[Any]]:
-        """`others`, on the host: the one copy that brings them brings `host_tokens`, too."""
-        tokens, *rest = to_host(self.tokens, *others)
-        self.__dict__["host_tokens"] = _without_padding(tokens.tolist())  # where cached_property looks
+        """`others`, on the host: the one copy that brings them brings all that the verdict has."""
+        self.__dict__["_there"], rest = self._fetched(*others)  # where cached_property looks
         return rest
+
+    def _fetched(
+        self, *others: Tensor
+    ) -> tuple[tuple[list[tuple[int, ...]], list[npt.NDArray[Any]]], list[npt.NDArray[Any]]]:
+        """In one copy from the device."""
+        tokens, *rest = to_host(self.tokens, *self.also, *others)
+        count = len(self.also)
+        return (_without_padding(tokens.tolist()), rest[:count]), rest[count:]
 
     def newest(self, rows: Sequence[int], known: Sequence[int]) -> Newest:
         """The anchors of `rows`, which all sample; known: how many of each row's tokens were known before the step."""

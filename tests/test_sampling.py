@@ -26,7 +26,7 @@ from dspark_serve.sampling import (
     target_probs,
     target_support,
 )
-from dspark_serve.tensors import Penalties, SamplingBatch
+from dspark_serve.tensors import Penalties, SamplingBatch, unpacked
 from dspark_serve.types import GREEDY_TEMPERATURE
 
 
@@ -389,5 +389,12 @@ def test_logprob_table() -> None:
     assert (table.rank[0], table.rank[4]) == (1, 3000)
     assert torch.equal(table.top_ids, logits.topk(4).indices)
     np.testing.assert_allclose(table.top_values, want.topk(4).values, atol=1e-5)
-    assert logprob_table(logits, chosen, 0).top_ids.shape == (5, 0)
-    assert len(table.to_host(chosen.tolist(), [0, 1, 2, 3, 4])[3].top) == 3
+    told = unpacked(table.packed().numpy(), 3)
+    assert [each.token_id for each in told] == chosen.tolist()
+    assert [each.rank for each in told] == table.rank.tolist()
+    np.testing.assert_array_equal([each.logprob for each in told], table.chosen)
+    assert [[token for token, _ in each.top] for each in told] == table.top_ids[:, :3].tolist()
+    np.testing.assert_array_equal([[value for _, value in each.top] for each in told], table.top_values[:, :3])
+    alone = logprob_table(logits, chosen, 0)
+    assert alone.top_ids.shape == (5, 0)
+    assert [each.top for each in unpacked(alone.packed().numpy(), 0)] == [()] * 5

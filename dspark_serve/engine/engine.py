@@ -6,14 +6,12 @@ Must not know: text, HTTP, threads. One thread owns an engine; nothing here bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dspark_serve.drafters.base import Drafter
+from dspark_serve.engine import logprobs
 from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.clock import Clock
 from dspark_serve.engine.cores import Cores
@@ -21,12 +19,10 @@ from dspark_serve.engine.drafting import Drafting, drafting_for
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.reports import EngineInfo, EngineStats, StepReport
-from dspark_serve.sampling import logprob_table
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
-from dspark_serve.transfers import to_device
-from dspark_serve.types import CostCurve, Plan, Request, RowResult, TokenLogprobs
+from dspark_serve.types import CostCurve, Plan, Request, RowResult
 
 
 class Engine:
@@ -74,10 +70,10 @@ class Engine:
         clock.lap("build")
         out = self.runner.run(batch)
         clock.lap("forward")
-        verdict = self.rule(out.logits, batch, self.info.verify_mode)
+        verdict = logprobs.asked(self.rule(out.logits, batch, self.info.verify_mode), batch, out.logits)
         self.drafter.observe(batch, out.taps, verdict)
         clock.within("propose", self._drafting.after(plan, batch, verdict))
-        results = _results(plan, proposal, batch, verdict, out.logits, self.info.drafter)
+        results = _results(plan, proposal, batch, verdict, self.info.drafter)
         clock.lap("verify")
         report = self.scheduler.commit(plan, results)
         clock.lap("commit")
@@ -118,9 +114,7 @@ class Engine:
         self.scheduler.check_integrity()
 
 
-def _results(
-    plan: Plan, proposal: Proposal, batch: StepBatch, verdict: Verdict, logits: Tensor, drafter: str
-) -> list[RowResult]:
+def _results(plan: Plan, proposal: Proposal, batch: StepBatch, verdict: Verdict, drafter: str) -> list[RowResult]:
     """The verdict on the host, with draft counts, and logprobs where a request asked for them."""
     results = verdict.to_host()
     names = proposal.drafters or (drafter,) * len(proposal.n_draft)
@@ -130,48 +124,4 @@ def _results(
             kept = batch.sample_lens[index] - 1
             n_draft, name = next(drafted)
             results[index] = RowResult(result.tokens, n_draft, kept, drafter=name)
-    if any(n is not None for n in batch.logprobs):
-        _add_logprobs(results, batch, logits)
-    if batch.score_index is not None:
-        _add_prompt_logprobs(results, batch, logits)
-    return results
-
-
-def _add_logprobs(results: list[RowResult], batch: StepBatch, logits: Tensor) -> None:
-    """Fill in `logprobs` of the rows that asked: one entry per token that came out."""
-    index: list[int] = []
-    tokens: list[int] = []
-    counts: list[int] = []
-    first = 0
-    for result, top, samples in zip(results, batch.logprobs, batch.sample_lens, strict=True):
-        if top is not None:
-            index += range(first, first + len(result.tokens))
-            tokens += result.tokens
-            counts += [top] * len(result.tokens)
-        first += samples
-    table = _table(logits, index, tokens, counts)
-    for row, (result, top) in enumerate(zip(results, batch.logprobs, strict=True)):
-        if top is not None and result.tokens:
-            results[row] = replace(result, logprobs=table[: len(result.tokens)])
-            table = table[len(result.tokens) :]
-
-
-def _add_prompt_logprobs(results: list[RowResult], batch: StepBatch, logits: Tensor) -> None:
-    """Fill in `prompt_logprobs` of the rows that score prompt tokens; their logits follow those of the samples."""
-    assert batch.score_targets is not None
-    counts = [top for top, n in zip(batch.score_top, batch.score_lens, strict=True) for _ in range(n)]
-    index = list(range(batch.num_samples, batch.num_samples + len(counts)))
-    table = _table(logits, index, batch.score_targets.tolist(), counts)
-    for row, n in enumerate(batch.score_lens):
-        if n:
-            results[row] = replace(results[row], prompt_logprobs=table[:n])
-            table = table[n:]
-
-
-def _table(
-    logits: Tensor, index: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
-) -> tuple[TokenLogprobs, ...]:
-    if not index:
-        return ()
-    at, chosen = to_device(logits.device, np.array(index), np.array(tokens))
-    return logprob_table(logits[at], chosen, max(counts)).to_host(tokens, counts)
+    return logprobs.added(results, batch, verdict)

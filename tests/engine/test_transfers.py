@@ -160,11 +160,13 @@ def test_sampling_is_not_waited_for(counted: Counter[str], drafter: str, mode: V
     check(serve(engine, counted, *(sampled | each for each in filters)), {1}, 12)
 
 
-@pytest.mark.parametrize("asked", [{"logprobs": 3}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)}])
-def test_only_log_probabilities_cost_one_copy_more(counted: Counter[str], asked: dict[str, Any]) -> None:
-    """Log-probabilities come together; penalties count drafts where they are, and biases need nothing."""
-    back = {2} if "logprobs" in asked else {1}
-    check(serve(engine_there("ngram"), counted, asked), back, 6)
+@pytest.mark.parametrize(
+    "asked",
+    [{"logprobs": 3}, {"prompt_logprobs": 2, "logprobs": 0}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)}],
+)
+def test_what_requests_ask_for_costs_no_copy_more(counted: Counter[str], asked: dict[str, Any]) -> None:
+    """Log-probabilities come with the tokens; penalties count drafts where they are, and biases need nothing."""
+    check(serve(engine_there("ngram"), counted, asked), {1}, 6)
 
 
 def test_waiting_is_noticed(counted: Counter[str]) -> None:
