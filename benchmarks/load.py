@@ -170,12 +170,7 @@ class Arms:
 
     def _engine(self, speculation: dict[str, Any]) -> Engine:
         config = Config.model_validate({**self._options, "speculation": speculation})
-        engine = build_engine(config, self._resolved, self._model)
-        # On a server that is up for long all of it has been written to. Until then the system has to find memory for
-        # every page, a percent of a step, and more of it where there is a head's context as well.
-        for tensor in (*engine.runner.store.keys, *engine.runner.store.values):
-            tensor.zero_()
-        return engine
+        return build_engine(config, self._resolved, self._model)
 
     def serve_all(
         self, items: list[Item], arrivals_s: list[float], most: int, draw: random.Random, drain: bool = True

@@ -39,6 +39,7 @@ RUN = {
 ELSEWHERE = {
     "python benchmarks/accept.py --prompts DIR": "run with a head in test_accept.py",
     "python benchmarks/gpu.py --quick": "needs a GPU; test_gpu.py has what does not",
+    "python benchmarks/llama.py --llama-python PYTHON": "needs llama-cpp-python, which takes minutes to compile",
 }
 SCRIPTS = re.findall(r"^\| `(\w+)\.py`", (ROOT / "benchmarks/README.md").read_text(encoding="utf-8"), re.MULTILINE)
 
