@@ -197,7 +197,7 @@ class Request:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams  # never another's: drafters and budgets remember what they made of them
     seed: int  # the resolved seed; equals params.seed when that was given
     eos_token_ids: frozenset[int] = frozenset()
     speculation: SpeculationParams = SpeculationParams()

@@ -261,8 +261,7 @@ def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], flo
         marks = [_now(rig, clock)]
         proposal = None
         for temperature in (0.0, 1.0):
-            for row in rows:
-                row.request.params = replace(row.request.params, temperature=temperature)
+            rows = [_at(row, temperature) for row in rows]
             proposal = rig.drafter.propose(rows) if drafts_cost else None
             marks.append(_now(rig, clock))
         if proposal is None or min(proposal.n_draft) < shape.drafts:  # a lookup finds nothing in made-up text
@@ -303,6 +302,12 @@ def _rows(rig: Rig, shape: Shape) -> list[Row]:
         decodes = shape.chunk == 1
         rows.append(Row(request, shape.context, shape.chunk, decodes, width if decodes else 0))
     return rows
+
+
+def _at(row: Row, temperature: float) -> Row:
+    """The same of a request of its own: what is known of a request's parameters holds for as long as it lives."""
+    params = replace(row.request.params, temperature=temperature)
+    return replace(row, request=replace(row.request, params=params))
 
 
 def _now(rig: Rig, clock: Callable[[], float]) -> float:

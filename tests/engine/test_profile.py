@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dspark_serve.config import load_config
+from dspark_serve.drafters.rows import DraftRows
 from dspark_serve.engine import build, profile
 from dspark_serve.engine import clock as steps
 from dspark_serve.engine.build import build_engine
@@ -63,6 +64,23 @@ def test_a_sweep_measures_steps_and_drafts_and_leaves_nothing_behind():
     assert {(1, 1), (8, 1), (8, 8), (32, 4)} <= {(p.count, p.rows) for p in found.steps}
     assert all(p.usable for p in (*found.steps, *found.drafts))
     assert sweep(parts, None, 0.1).drafts == ()
+
+
+def test_drafts_are_measured_greedy_and_drawn(monkeypatch):
+    """By turns, each as it is asked for: what is remembered of requests must not make one pass for the other."""
+    engine = build_engine(load_config({**OPTIONS, "budget": "full", "kv_cache_gib": 0.03}))
+    found, make = [], DraftRows.build
+
+    def seen(*args):
+        batch = make(*args)
+        found.append((batch.sampling.all_greedy, set(batch.sampling.temperature.tolist())))
+        return batch
+
+    monkeypatch.setattr(DraftRows, "build", staticmethod(seen))
+    parts = Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner)
+    sweep(parts, "dspark", 1.0, Ticks(1e-6))
+    assert len(found) > 8
+    assert found == [(True, {0.0}), (False, {1.0})] * (len(found) // 2)
 
 
 def test_an_engine_serves_as_before_after_a_sweep():
