@@ -70,7 +70,18 @@ class Kernels:
         library.dspark_bind.argtypes = (c_void_p, c_int64)
         library.dspark_bind.restype = c_int64
         library.dspark_argmax.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-        for name in "pack products attention decoder argmax draw filter context block draft".split():
+        for name in [
+            "pack",
+            "products",
+            "attention",
+            "decoder",
+            "argmax",
+            "draw",
+            "filter",
+            "context",
+            "block",
+            "draft",
+        ]:
             getattr(library, f"dspark_{name}").restype = None
         self.library = library
         self.isa: str = library.dspark_isa().decode()
