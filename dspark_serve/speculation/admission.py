@@ -31,6 +31,7 @@ HURDLE = 0.02
 _PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _GLANCE_SHARE = 0.001  # likewise for lookups
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
+_AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
 _HOLD = 32  # steps that a decision holds for while the rows are the same
 _ALIKE = 4  # it holds, too, while no more than one row in so many came or went
@@ -251,7 +252,7 @@ class Admission:
 
         A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
         blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where drafts would not
-        pay if all of them were right, and all rows shared a pass, nothing is there to be learned.
+        pay if nine in ten of them were right, and all rows shared a pass, nothing is there to be learned.
         """
         costly, lookup, glance = admitted.costly, admitted.lookup, False
         if self._lookup and not (costly.any() or lookup.any()) and self._glances.spend(self._lookup_ms * len(rows)):
@@ -265,7 +266,8 @@ class Admission:
             return Admitted(costly, lookup, glance=glance)
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
         context, verify_ms = rows[index].start + 1, self._verify_ms(load, drafts)
-        if drafts * plain_ms / load.rows <= verify_ms + self._pass_ms(load, len(rows), context) / len(rows):
+        found = float((_AT_BEST ** np.arange(1, drafts + 1)).sum())
+        if found * plain_ms / load.rows <= verify_ms + self._pass_ms(load, len(rows), context) / len(rows):
             return Admitted(costly, lookup, glance=glance)
         probed = None
         spent_ms = verify_ms + self._pass_ms(load, count, context) - self._pass_ms(load, count - 1, context)

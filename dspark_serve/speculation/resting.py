@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dspark_serve.speculation.admission import Load
 from dspark_serve.types import BudgetReport, Plan, Request
 
-_STEPS = 7  # between two looks
+_STEPS = 31  # between two looks; a decision holds for as long
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tests.speculation.test_verify import step_batch
 from tests.speculation.virtual_server import WIDTH, Server, budget, cheap, cost, dear, drafting, served
 
 
-def reference(server: Server, policy: KeepAll | None, steps: int = 200) -> float:
+def reference(server: Server, policy: KeepAll | None, steps: int = 1000) -> float:
     """Tokens per second of a fixed policy on the same machine; None: no drafting."""
     if policy is None:
         return len(server.rates) / server.step_ms(len(server.rates)) * 1e3

@@ -119,7 +119,7 @@ def cheap(tokens: int) -> float:
 
 
 def dear(tokens: int) -> float:
-    return 10 + 20.0 * tokens
+    return 60 + 20.0 * tokens
 
 
 def drafting(rows: int) -> float:
