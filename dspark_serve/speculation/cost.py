@@ -31,7 +31,7 @@ _FIRST = 20.0
 _CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
-_FORMAT = 4
+_FORMAT = 5
 
 _CURVES = ("steps", "drafts", "greedy_steps", "greedy_drafts")
 

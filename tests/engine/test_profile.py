@@ -83,6 +83,18 @@ def test_drafts_are_measured_greedy_and_drawn(monkeypatch):
     assert found == [(True, {0.0}), (False, {1.0})] * (len(found) // 2)
 
 
+def test_every_draft_is_measured_after_a_step(monkeypatch):
+    """A draft right after a draft finds its weights in the caches, which no step leaves there."""
+    engine, order = build_engine(load_config({**OPTIONS, "budget": "full", "kv_cache_gib": 0.03})), []
+    for part, name in ((engine.runner, "run"), (engine.drafter, "propose")):
+        original = getattr(part, name)
+        monkeypatch.setattr(part, name, lambda *args, o=original, n=name: order.append(n) or o(*args))
+    sweep(Rig(engine.info, engine.scheduler, engine.drafter, engine.batcher, engine.runner), "dspark", 1.0, Ticks(1e-6))
+    drafts = [place for place, name in enumerate(order) if name == "propose"]
+    assert len(drafts) > 8
+    assert all(order[place - 1] == "run" for place in drafts)
+
+
 def test_an_engine_serves_as_before_after_a_sweep():
     parts, engine = rig()
     wanted = run(make_engine(toy_model()), [make_request("a", range(5, 25), max_tokens=12)])
