@@ -7,7 +7,7 @@ Must not know: verification, budget, how its drafters work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -104,9 +104,13 @@ class PortfolioDrafter:
         found = [self._ngram.look_up(row) for row in rows]
         requests = [row.request.request_id for row in rows]
         counts = [len(drafts) for drafts, _ in found]
-        if not any(counts) and all(row.lookup_only for row in rows):
-            self._pending = []
-            return Proposal.empty(len(rows))
+        if not any(counts):
+            looking = [row.lookup_only for row in rows]
+            if all(looking):
+                self._pending = []
+                return Proposal.empty(len(rows))
+            if not any(looking):
+                return self._all_drawn(rows, requests, ready)
         lines, kinds = self._acceptance.lines(requests), np.array([_kind(length) for _, length in found])
         chosen = kinds
         if not all(row.lookup_only for row in rows):
@@ -117,6 +121,15 @@ class PortfolioDrafter:
         copied = Proposal.from_lists([found[index][0] for index in looked_up], _device(drawn)) if looked_up else None
         names = tuple(self._head_name if kind == _HEAD else "ngram" for kind in chosen.tolist())
         return _merge(drawn, neural, copied, looked_up, names, self._acceptance.rates(lines, chosen))
+
+    def _all_drawn(self, rows: Sequence[Row], requests: Sequence[str], ready: Ready | None) -> Proposal:
+        """Nothing was found for any of them, and all may use the head: as nearly always, so in few words."""
+        self._pending = [(request, _HEAD) for request in requests]
+        drawn, names = self._head.propose(rows, ready), (self._head_name,) * len(rows)
+        if drawn.confidence is not None:
+            return replace(drawn, drafters=names)
+        everyone = range(len(rows))
+        return _merge(drawn, everyone, None, (), names, self._acceptance.rates(self._acceptance.lines(requests), _HEAD))
 
     def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
         """The head's part. Lookups need the host to know the text, and are made when it does."""

@@ -7,7 +7,7 @@ drafters, what becomes of this step's drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -147,18 +147,24 @@ class Admitted:
         return int(np.count_nonzero(self.lookup))
 
 
-class _Held:
-    """A decision, for some steps."""
+_DECISION = "decision"  # column: one of these, or 0 for a request about which there is none
+_NEITHER, _DRAFTS, _LOOKS = 1, 2, 3
 
-    def __init__(self, members: Members, rows: int, admitted: Admitted, until: int) -> None:
+
+class _Held:
+    """A decision, for some steps: in a column of what is known of each request."""
+
+    def __init__(self, own: PerRequest, members: Members, rows: int, admitted: Admitted, until: int) -> None:
         """rows: of the plan. until: the step at which it has to be made anew."""
         self.until = until
-        self._rows = rows
+        self._own, self._rows, self._count = own, rows, len(members.requests)
         self._last = members, rows, admitted
-        costly, lookup = admitted.costly.tolist(), admitted.lookup.tolist()
-        self._decided = dict(zip(members.batch, zip(costly, lookup, strict=True), strict=True))
-        most = len(costly) / 2
-        self._usual = admitted.drafting > most, admitted.looking > most
+        lines = own.lines(members.requests)
+        column = own.column(_DECISION)
+        column[:] = 0
+        column[lines] = _NEITHER + admitted.costly + (_LOOKS - _NEITHER) * admitted.lookup
+        most = self._count / 2
+        self._usual = _DRAFTS if admitted.drafting > most else _LOOKS if admitted.looking > most else _NEITHER
 
     def still(self, members: Members, rows: int, step: int) -> Admitted | None:
         """The decision as it goes for these rows; None if it has to be made anew.
@@ -169,12 +175,13 @@ class _Held:
         if step >= self.until:
             return None
         if members is not self._last[0] or rows != self._last[1]:
-            before, now = self._decided.keys(), set(members.batch)
-            if max(len(before - now), len(now - before), abs(rows - self._rows)) * _ALIKE > len(before):
+            lines = self._own.lines(members.requests)
+            decided = self._own.column(_DECISION)[lines]
+            known = int(np.count_nonzero(decided))
+            if max(self._count - known, len(decided) - known, abs(rows - self._rows)) * _ALIKE > self._count:
                 return None
-            decided = [self._decided.get(request, self._usual) for request in members.batch]
-            both = np.array(decided, dtype=np.bool_).reshape(-1, 2)
-            self._last = members, rows, Admitted(both[:, 0], both[:, 1])
+            decided[decided == 0] = self._usual
+            self._last = members, rows, Admitted(decided == _DRAFTS, decided == _LOOKS)
         return self._last[2]
 
 
@@ -194,7 +201,7 @@ class Admission:
 
     def __init__(self, cost: CostModel, costly: str, lookup: bool, own: PerRequest | None = None) -> None:
         self._cost, self._costly, self._lookup = cost, costly, lookup
-        own = PerRequest() if own is None else own
+        self._own = own = PerRequest() if own is None else own
         self._drafted = Recent(own, "drafted")
         self._found = Recent(own, "found")  # the same of lookups, with those that found nothing
         self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_GLANCE_SHARE)
@@ -224,7 +231,7 @@ class Admission:
             if looks:
                 worth = self._worth(self._found, self._lookup_ms * np.arange(len(rows) + 1.0), *at)
                 admitted = Admitted(admitted.costly, ~admitted.costly & worth)
-        self._held = _Held(members, load.rows, admitted, step + _HOLD)
+        self._held = _Held(self._own, members, load.rows, admitted, step + _HOLD)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
 
     def _worth(
@@ -300,19 +307,16 @@ class Admission:
         if self._lookup:
             # What was found and not kept is worth nothing at this load. Another load is noticed soon enough: a glance
             # costs so little that there are many. Not so probes; so what the other drafter promises counts at any load.
-            found = np.array([kind == LOOKUP for kind in signals.kinds])[:, None]
-            used = np.arange(survival.shape[1]) < kept[:, None]
-            self._remember_found(signals, survival * (found & used), step)
+            blocks = np.zeros(survival.shape)
+            if LOOKUP in signals.kinds:
+                found = np.array([kind == LOOKUP for kind in signals.kinds])[:, None]
+                np.copyto(blocks, survival, where=found & (np.arange(survival.shape[1]) < kept[:, None]))
+            self._found.remember_whole(signals, blocks, step)
 
     def remember_nothing_found(self, signals: DraftSignals, width: int, step: int) -> None:
         """Rows that were to look up found nothing, none of them."""
         if self._lookup:
-            self._remember_found(signals, np.zeros((len(signals.kinds), width)), step)
-
-    def _remember_found(self, signals: DraftSignals, survival: Floats, step: int) -> None:
-        rows, width = survival.shape
-        whole = replace(signals, kinds=(LOOKUP,) * rows, n_draft=np.full(rows, width))
-        self._found.remember(whole, LOOKUP, survival, step)
+            self._found.remember_whole(signals, np.zeros((len(signals.kinds), width)), step)
 
     def learn(
         self, spent_ms: float, looked_up: int, propose_ms: float, over_ms: float = 0.0, lost_ms: float = 0.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 RANGES = (GREEDY_TEMPERATURE, 0.6, 0.9, 1.2)  # upper ends of the temperature ranges; a last one is above
+_RANGES: Floats = np.array(RANGES)
 _EDGE = 1e-4  # probabilities are kept this far from 0 and 1
 _SLOW = 0.02  # smallest gain of a slot's offset, per label
 _OWN_GAIN = 0.15  # of a request's own offset, per label: it has to follow the text
@@ -31,7 +31,8 @@ _OWN_DECAY = 0.98
 _OWN_LIMIT, _LIMIT = 2.0, 4.0
 _BINS = 10
 _MANY = 1 << 30
-_BIN_DECAY = 0.999
+_BIN_DECAY = 0.996
+_COUNTED = 4  # one step in so many counts for the calibration error: it is for people to look at
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def stored_maps(head_dir: Path) -> dict[str, tuple[SlotMap, ...]]:
 
 def temperature_ranges(temperatures: Sequence[float]) -> npt.NDArray[np.int64]:
     """Index of the range that each falls into; 0 is greedy."""
-    return np.array([bisect_left(RANGES, temperature) for temperature in temperatures], dtype=np.int64)
+    return _RANGES.searchsorted(temperatures)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ class DraftSignals:
         for row, key in enumerate(zip(self.kinds, self.ranges.tolist(), strict=True)):
             found.setdefault(key, []).append(row)
         return {key: np.array(index) for key, index in found.items()}
+
+    @cached_property
+    def by_range(self) -> Mapping[int, slice | Ints]:
+        """Rows by temperature range, whoever drafted."""
+        if len(self.groups) == 1:
+            return {level: rows for (_, level), rows in self.groups.items()}
+        return {level: np.flatnonzero(self.ranges == level) for level in sorted(set(self.ranges.tolist()))}
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ class Calibrator:
     _offsets: dict[tuple[str, int], _Offsets] = field(default_factory=dict)
     own: PerRequest = field(default_factory=PerRequest)  # a column per drafter: offsets
     _maps: dict[tuple[str, int], _Slots | None] = field(default_factory=dict)  # (mode, width), made when asked for
+    _learned: int = 0  # steps
     _bins: Floats = field(default_factory=lambda: np.zeros((2, _BINS)))
     error: float = field(
         default=0.0, init=False
@@ -157,10 +166,10 @@ class Calibrator:
             width = signals.confidence.shape[1]
         elif signals.largest is not None:
             width = signals.largest.shape[1]
-        logits = np.empty((rows, width), order="F")
+        said = np.empty((rows, width), order="F")
         for (kind, level), index in signals.groups.items():
-            logits[index] = self._logits(kind, level, signals, index, width)
-        said = sigmoid(logits)
+            said[index] = self._logits(kind, level, signals, index, width)
+        sigmoid(said, out=said)
         if signals.fewest < width:
             said[np.arange(width) >= signals.n_draft[:, None]] = 0.0
         return said
@@ -203,7 +212,9 @@ class Calibrator:
                 lines, offset = self.own.lines(signals.requests)[index], self.own.column(kind)
                 own = _OWN_DECAY * offset[lines] + _OWN_GAIN * error[index].sum(1)
                 offset[lines] = _within(own, _OWN_LIMIT)
-        self._count(said, judged, error)
+        self._learned += 1
+        if self._learned % _COUNTED == 0:
+            self._count(said, judged, error)
 
     def _learn_slots(self, key: tuple[str, int], judged: npt.NDArray[np.bool_], error: Floats) -> None:
         mine = self._offsets.get(key)
@@ -230,9 +241,11 @@ class Calibrator:
         self.own.release(request_id)
 
 
-def sigmoid(x: Floats) -> Floats:
-    result: Floats = 1 / (1 + np.exp(-x))
-    return result
+def sigmoid(x: Floats, out: Floats | None = None) -> Floats:
+    out = np.negative(x, out=out)
+    np.exp(out, out=out)
+    out += 1
+    return np.reciprocal(out, out=out)
 
 
 def logit(probability: Floats) -> Floats:

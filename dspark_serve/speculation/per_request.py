@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _FIRST = 16  # lines to begin with
+_BATCHES = 4  # whose lines are remembered
 
 
 class PerRequest:
@@ -24,8 +25,7 @@ class PerRequest:
         self._free: list[int] = []
         self._columns: dict[str, Floats] = {}
         self._size = _FIRST
-        self._asked: tuple[str, ...] = ()  # the last batch, which is mostly the next one as well, and its lines
-        self._lines: Ints = np.zeros(0, dtype=np.int64)
+        self._asked: dict[tuple[str, ...], Ints] = {}  # the last batches, which mostly come again, and their lines
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._line)
@@ -35,12 +35,18 @@ class PerRequest:
 
     def lines(self, requests: tuple[str, ...]) -> Ints:
         """Where these requests are in every column [requests]; a request not seen before gets a line of zeros."""
-        if requests != self._asked:
+        lines = self._asked.get(requests)
+        if lines is None:
             places = list(map(self._line.get, requests))
             if None in places:
-                places = [self._find(request) for request in requests]
-            self._asked, self._lines = requests, np.array(places, dtype=np.int64)
-        return self._lines
+                places = [
+                    self._find(request) if place is None else place
+                    for request, place in zip(requests, places, strict=True)
+                ]
+            if len(self._asked) >= _BATCHES:
+                self._asked.clear()
+            lines = self._asked[requests] = np.array(places, dtype=np.int64)
+        return lines
 
     def column(self, name: str) -> Floats:
         """One number per line [lines]; to be changed in place, and not to be kept: `lines` may replace it."""
@@ -53,7 +59,7 @@ class PerRequest:
         """Forget a request; unknown ones are fine."""
         line = self._line.pop(request, None)
         if line is not None:
-            self._asked, self._lines = (), self._lines[:0]
+            self._asked.clear()
             self._free.append(line)
             for column in self._columns.values():
                 column[line] = 0.0

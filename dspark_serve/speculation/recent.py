@@ -49,7 +49,7 @@ class Recent:
     """Survival of the last blocks per temperature range, and of each request's own against that."""
 
     def __init__(self, own: PerRequest | None = None, name: str = "") -> None:
-        self._samples: dict[int, Floats] = {}  # temperature range -> survival of its last rows [samples, width]
+        self._samples: dict[int, _Last] = {}  # by temperature range
         self._summaries: dict[int, Drafted] = {}  # the same as the decision needs it, made when it is needed
         self.width = 1  # drafts of the largest block so far
         # Survival of a block in the mean, summed over it; how many; when the last one was made.
@@ -87,10 +87,10 @@ class Recent:
 
     def _summary(self, level: int) -> Drafted | None:
         samples = self._samples.get(level)
-        if samples is None or len(samples) < _ENOUGH:
+        if samples is None or samples.count < _ENOUGH:
             return None
         if level not in self._summaries:
-            self._summaries[level] = Drafted.of(samples)
+            self._summaries[level] = Drafted.of(samples.blocks[: samples.count])
         return self._summaries[level]
 
     def _scale(self, requests: tuple[str, ...], usual: float) -> Floats:
@@ -123,27 +123,58 @@ class Recent:
                     self._remember_all(level, blocks[n_draft == self.width, : self.width], weight)
                     self._remember_each(lines, _as_whole(blocks, n_draft), step)
 
+    def remember_whole(self, signals: DraftSignals, survival: Floats, step: int) -> None:
+        """The same where every row counts, and its block as a whole one."""
+        self.width = max(self.width, survival.shape[1])
+        for level, rows in signals.by_range.items():
+            self._remember_all(level, survival[rows], 1)
+        self._remember_each(self._own.lines(signals.requests), survival.sum(1), step)
+
     def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:
         """Of whole blocks only: how the others would have gone on is not known."""
         if weight > 1:
             blocks = blocks.repeat(weight, axis=0)
-        before = self._samples.get(level)
-        if before is not None and len(blocks) < _SAMPLES:
-            width = max(before.shape[1], blocks.shape[1])
-            blocks = np.concatenate([_widen(before, width), _widen(blocks, width)])
+        samples = self._samples.get(level)
+        if samples is None:
+            samples = self._samples[level] = _Last(blocks.shape[1])
         self._summaries.pop(level, None)
-        self._samples[level] = blocks[-_SAMPLES:]
+        samples.add(blocks)
 
     def _remember_each(self, lines: Ints, whole: Floats, step: int) -> None:
         """whole [lines]: survival of each one's block, summed over it."""
         survival, blocks = self._own.column(self._survival), self._own.column(self._blocks)
         own, count = survival[lines], blocks[lines] + 1
-        survival[lines] = own + np.maximum(_OWN_GAIN, 1 / count) * (whole - own)
+        whole -= own
+        whole *= np.maximum(_OWN_GAIN, 1 / count)
+        own += whole
+        survival[lines] = own
         blocks[lines] = count
         self._own.column(self._step)[lines] = step
 
     def release(self, request_id: str) -> None:
         self._own.release(request_id)
+
+
+class _Last:
+    """The last blocks of many, in no order."""
+
+    def __init__(self, width: int) -> None:
+        self.blocks: Floats = np.zeros((_SAMPLES, width))
+        self.count = 0  # the first so many are there
+        self._next = 0  # place that the next one takes
+
+    def add(self, blocks: Floats) -> None:
+        """blocks [n, width]: each in the place of the oldest."""
+        if blocks.shape[1] > self.blocks.shape[1]:
+            self.blocks = _widen(self.blocks, blocks.shape[1])
+        blocks = blocks[-_SAMPLES:]
+        first, width = min(len(blocks), _SAMPLES - self._next), blocks.shape[1]
+        for place, part in ((self._next, blocks[:first]), (0, blocks[first:])):
+            if len(part):
+                self.blocks[place : place + len(part), :width] = part
+                self.blocks[place : place + len(part), width:] = 0.0
+        self._next = (self._next + len(blocks)) % _SAMPLES
+        self.count = min(self.count + len(blocks), _SAMPLES)
 
 
 def _as_whole(blocks: Floats, n_draft: Ints) -> Floats:

@@ -1,10 +1,13 @@
 """The portfolio's choice: what it has seen accepted decides, per request; rows of one proposal may mix drafters."""
 
 import numpy as np
+import pytest
 import torch
 
-from dspark_serve.drafters.portfolio import Acceptance, _merge
+from dspark_serve.drafters.ngram import NgramDrafter
+from dspark_serve.drafters.portfolio import Acceptance, PortfolioDrafter, _merge
 from dspark_serve.tensors import Proposal
+from dspark_serve.types import Request, Row, SamplingParams
 
 
 def test_acceptance_is_conditional_on_the_drafts_before():
@@ -42,3 +45,51 @@ def test_lookups_are_certain_among_drafts_with_probabilities():
     assert merged.draft_probs[0].sum(-1).tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(merged.draft_probs[1, :2], probs[0])
     torch.testing.assert_close(merged.confidence, torch.tensor([[0.5, 0.5, 0.5], [0.9, 0.8, 0.5]]))
+
+
+class Head:
+    """Drafts two tokens per row, sure of them or silent about it."""
+
+    taps, width = (), 2
+
+    def __init__(self, states: bool) -> None:
+        self.states, self.asked = states, []
+
+    def propose(self, rows, ready=None):
+        self.asked.append(len(rows))
+        confidence = torch.tensor([[0.9, 0.8]] * len(rows)) if self.states else None
+        return Proposal(torch.tensor([[7, 8]] * len(rows)), (2,) * len(rows), None, confidence)
+
+    def observe(self, batch, taps, verdict):
+        pass
+
+    def release(self, request_id):
+        pass
+
+
+def drafting_rows(*texts, first=0):
+    """Rows whose requests have read these tokens; the last is the anchor."""
+    rows = []
+    for number, text in enumerate(texts, first):
+        request = Request(f"r{number}", (1,), SamplingParams(), seed=number)
+        request.token_ids = list(text)
+        rows.append(Row(request, len(text) - 1, 1, True, 4))
+    return rows
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_where_nothing_is_found_all_is_the_heads(states):
+    drafter = PortfolioDrafter(NgramDrafter(4, 3), Head(states), "head")
+    fresh = drafting_rows(range(10), range(20, 30))
+    proposal = drafter.propose(fresh)
+    assert proposal.tokens.tolist() == [[7, 8], [7, 8]]
+    assert (proposal.n_draft, proposal.drafters) == ((2, 2), ("head", "head"))
+    # What it says itself, or what is known of its drafts.
+    first = 0.9 if states else float(drafter._acceptance.rates(drafter._acceptance.lines(["r0"]), 0)[0, 0])
+    assert proposal.confidence[:, 0].tolist() == pytest.approx([first] * 2)
+    assert drafter._pending == [("r0", 0), ("r1", 0)]
+    # The same as beside a row that has something to copy: its text repeats.
+    mixed = drafter.propose([*fresh, *drafting_rows([5, 6, 7, 8, 9, 5, 6, 7], first=2)])
+    assert drafter._head.asked[-1] in (2, 3)
+    assert torch.equal(mixed.tokens[:2, :2], proposal.tokens)
+    assert torch.equal(mixed.confidence[:2, :2], proposal.confidence)

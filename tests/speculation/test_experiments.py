@@ -14,6 +14,7 @@ import pytest
 from dspark_serve.speculation import admission
 from dspark_serve.speculation.admission import _HOLD, Admitted, Allowance, _Held
 from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.speculation.recent import Members
 from dspark_serve.types import Plan, Request, Row, SamplingParams, SpeculationParams
@@ -243,7 +244,7 @@ def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
     members = [Members.of(tuple(requests[first : first + 8])) for first in (0, 1)]
     costly = np.array([True, False, True, True, True, True, False, True])
     made = Admitted(costly, ~costly)
-    held = _Held(members[0], 8, made, until=50)
+    held = _Held(PerRequest(), members[0], 8, made, until=50)
     assert held.still(members[0], 8, 10) is made
     like = held.still(members[1], 8, 10)
     assert like is not None

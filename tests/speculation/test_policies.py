@@ -156,6 +156,7 @@ def test_a_decision_holds_until_the_rows_change() -> None:
     assert len(asked) == 3
     asked.clear()
     for _ in range(5):
+        server.budget.release("r0")
         server.requests[0] = Request("r0", (1,), SamplingParams(), seed=0)
         server.step()
     assert len(asked) == 5
