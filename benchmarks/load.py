@@ -1,7 +1,9 @@
 """Throughput under load: no speculation, fixed numbers of drafts, the budget. All arms in one run, interleaved.
 
 Every arm is an engine of its own, of the same weights. They take turns of some steps, each on a clock that runs
-while it works, so that a machine that slows down slows down all of them. All serve the same requests, so texts are
+while it works, so that a machine that slows down slows down all of them. Where in memory an engine happens to lie makes
+its steps up to a percent longer or shorter, so every round has engines of its own, built in another order; the budget
+takes what it has learned along. All serve the same requests, so texts are
 compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers
 differ in length, and a round ends while the load is still steady: where no further request is there to start. Prompts:
 a directory of JSON lines with "turns", else the sample here.
@@ -10,6 +12,7 @@ a directory of JSON lines with "turns", else the sample here.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -162,8 +165,8 @@ class Arms:
         options: dict[str, dict[str, Any]] = {NONE: {"method": "none"}}
         options |= {f"fixed {k}": {"budget": f"fixed:{k}"} for k in fixed}
         options |= {FULL: {"budget": "full"}, AUTO: {}}
-        wanted = [name for name in options if arms is None or name == NONE or name in arms]
-        self.engines = {name: self._engine(options[name]) for name in wanted}
+        self._arms = {name: made for name, made in options.items() if arms is None or name == NONE or name in arms}
+        self.engines = {name: self._engine(speculation) for name, speculation in self._arms.items()}
         tokenizer = Tokenizer.load(self.engines[NONE].info.model_dir)
         assert tokenizer is not None
         self.tokenizer = tokenizer
@@ -171,6 +174,16 @@ class Arms:
     def _engine(self, speculation: dict[str, Any]) -> Engine:
         config = Config.model_validate({**self._options, "speculation": speculation})
         return build_engine(config, self._resolved, self._model)
+
+    def renew(self, draw: random.Random) -> None:
+        """Other engines in place of these, which know what the budgets of these do."""
+        budgets = {name: engine.budget for name, engine in self.engines.items()}
+        self.engines.clear()
+        gc.collect()  # before the new ones need the memory
+        made = {name: self._engine(self._arms[name]) for name in draw.sample(list(self._arms), len(self._arms))}
+        for name, budget in budgets.items():
+            made[name].budget = budget
+        self.engines = {name: made[name] for name in self._arms}
 
     def serve_all(
         self, items: list[Item], arrivals_s: list[float], most: int, draw: random.Random, drain: bool = True
@@ -232,16 +245,14 @@ def compare(arms: Arms, workload: Workload, concurrency: int, rounds: int, poiss
     count = max(_FEWEST, 2 * concurrency)
     results: dict[str, list[Served]] = {name: [] for name in arms.engines}
     draw = random.Random(concurrency)
-    at_once = [0.0] * count
-    # First, prompts into the prefix cache; and the budget meets such requests, as on a server that is up for long.
-    asked = min(rounds * count, len(workload.prompts))
-    first = [replace(item, new_tokens=_WARM_TOKENS) for item in workload.items(0, asked)]
-    arms.serve_all(first, [0.0] * asked, concurrency, draw)
-    plain_rate = 0.0
-    if poisson:
-        plain_rate = arms.serve_all(workload.items(0, count), at_once, concurrency, draw, drain=False)[NONE].rate
+    at_once, plain_rate = [0.0] * count, 0.0
     for turn in range(rounds):
+        arms.renew(draw)
         chosen = workload.items(turn * count, count)
+        # First, prompts into the prefix cache; and the budget meets such requests, as on a server that is up for long.
+        arms.serve_all([replace(item, new_tokens=_WARM_TOKENS) for item in chosen], at_once, concurrency, draw)
+        if poisson and not turn:
+            plain_rate = arms.serve_all(chosen, at_once, concurrency, draw, drain=False)[NONE].rate
         arrivals = at_once
         if poisson:  # at four fifths of what the plain engine was seen to serve
             per_s = 0.8 * plain_rate / statistics.mean(item.new_tokens for item in chosen)
