@@ -2,8 +2,8 @@
 
 Every arm is an engine of its own, of the same weights. They take turns of some steps, each on a clock that runs
 while it works, so that a machine that slows down slows down all of them. Where in memory an engine happens to lie makes
-its steps up to a percent longer or shorter, so every round has engines of its own, built in another order; the budget
-takes what it has learned along. All serve the same requests, so texts are
+its steps up to a percent longer or shorter, so every round has engines of its own, built in another order, which
+begin with what those before have learned. All serve the same requests, so texts are
 compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers
 differ in length, and a round ends while the load is still steady: where no further request is there to start. Prompts:
 a directory of JSON lines with "turns", else the sample here.
@@ -28,6 +28,7 @@ from common import MODEL, Spread, facts, figures, write_json
 from load_report import conclude, plots, show
 
 from dspark_serve.bench.workload import SHIPPED
+from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.engine import Engine
 from dspark_serve.models.loader import load_model, resolve
@@ -176,13 +177,17 @@ class Arms:
         return build_engine(config, self._resolved, self._model)
 
     def renew(self, draw: random.Random) -> None:
-        """Other engines in place of these, which know what the budgets of these do."""
-        budgets = {name: engine.budget for name, engine in self.engines.items()}
+        """Other engines in place of these, which know what these have learned."""
+        learned = {
+            name: (engine.budget, getattr(engine.drafter, "acceptance", None)) for name, engine in self.engines.items()
+        }
         self.engines.clear()
         gc.collect()  # before the new ones need the memory
         made = {name: self._engine(self._arms[name]) for name in draw.sample(list(self._arms), len(self._arms))}
-        for name, budget in budgets.items():
+        for name, (budget, acceptance) in learned.items():
             made[name].budget = budget
+            if isinstance(made[name].drafter, PortfolioDrafter):
+                made[name].drafter.acceptance = acceptance
         self.engines = {name: made[name] for name in self._arms}
 
     def serve_all(

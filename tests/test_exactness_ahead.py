@@ -232,7 +232,7 @@ def test_a_portfolio_learns_from_the_same_outcomes(monkeypatch):
         told.append([])
         engine = engine_of("portfolio", ahead)
         run(engine, [request for request in requests() if request.num_prompt > 1])
-        assert len(engine.drafter._acceptance._line) == 0  # nothing is kept of requests that have ended
+        assert len(engine.drafter.acceptance._line) == 0  # nothing is kept of requests that have ended
     assert told[0] == told[1]
     assert len(told[0]) > 10
 

@@ -94,7 +94,7 @@ class PortfolioDrafter:
     def __init__(self, ngram: NgramDrafter, head: AheadDrafter, head_name: str) -> None:
         self.taps, self.width = head.taps, max(head.width, ngram.width)
         self._ngram, self._head, self._head_name = ngram, head, head_name
-        self._acceptance = Acceptance(self.width)
+        self.acceptance = Acceptance(self.width)  # all that it has learned
         self._lost: dict[str, int] = {}  # how often a request's lookups lost since one was last used
         self._pending: list[tuple[str, int]] = []  # request and kind of each row that was to draft
         self._judged: _Judged | None = None  # what became of them, until that is needed
@@ -111,7 +111,7 @@ class PortfolioDrafter:
                 return Proposal.empty(len(rows))
             if not any(looking):
                 return self._all_drawn(rows, requests, ready)
-        lines, kinds = self._acceptance.lines(requests), np.array([_kind(length) for _, length in found])
+        lines, kinds = self.acceptance.lines(requests), np.array([_kind(length) for _, length in found])
         chosen = kinds
         if not all(row.lookup_only for row in rows):
             chosen = self._choose(rows, lines, kinds, np.array(counts))
@@ -120,7 +120,7 @@ class PortfolioDrafter:
         drawn = self._head.propose([rows[index] for index in neural], ready) if neural else None
         copied = Proposal.from_lists([found[index][0] for index in looked_up], _device(drawn)) if looked_up else None
         names = tuple(self._head_name if kind == _HEAD else "ngram" for kind in chosen.tolist())
-        return _merge(drawn, neural, copied, looked_up, names, self._acceptance.rates(lines, chosen))
+        return _merge(drawn, neural, copied, looked_up, names, self.acceptance.rates(lines, chosen))
 
     def _all_drawn(self, rows: Sequence[Row], requests: Sequence[str], ready: Ready | None) -> Proposal:
         """Nothing was found for any of them, and all may use the head: as nearly always, so in few words."""
@@ -129,7 +129,7 @@ class PortfolioDrafter:
         if drawn.confidence is not None:
             return replace(drawn, drafters=names)
         everyone = range(len(rows))
-        return _merge(drawn, everyone, None, (), names, self._acceptance.rates(self._acceptance.lines(requests), _HEAD))
+        return _merge(drawn, everyone, None, (), names, self.acceptance.rates(self.acceptance.lines(requests), _HEAD))
 
     def ahead(self, rows: Sequence[Row], newest: Newest) -> Proposal:
         """The head's part. Lookups need the host to know the text, and are made when it does."""
@@ -138,8 +138,8 @@ class PortfolioDrafter:
     def _choose(self, rows: Sequence[Row], lines: Ints, kinds: Ints, counts: Ints) -> Ints:
         """Which kind drafts for each row, where a lookup of `kinds` [rows] found `counts` [rows] tokens."""
         limits = np.array([min(self._head.width, row.max_drafts) for row in rows])
-        lookup = 1 + self._expected(self._acceptance.rates(lines, kinds), counts)
-        head = (1 + self._expected(self._acceptance.rates(lines, _HEAD), limits)) / (1 + HEAD_COST)
+        lookup = 1 + self._expected(self.acceptance.rates(lines, kinds), counts)
+        head = (1 + self._expected(self.acceptance.rates(lines, _HEAD), limits)) / (1 + HEAD_COST)
         chosen = np.zeros_like(kinds)  # the head
         for index, (row, better) in enumerate(zip(rows, (lookup >= head).tolist(), strict=True)):
             request = row.request.request_id
@@ -174,12 +174,12 @@ class PortfolioDrafter:
         for row, choice in zip(judged.rows, judged.choices, strict=True):
             if judged.sample_lens[row] > 1:
                 n_accepted = len(judged.verdict.host_tokens[row]) - 1
-                self._acceptance.record(*choice, judged.sample_lens[row] - 1, n_accepted)
+                self.acceptance.record(*choice, judged.sample_lens[row] - 1, n_accepted)
 
     def release(self, request_id: str) -> None:
         self._learn()
         self._lost.pop(request_id, None)
-        self._acceptance.release(request_id)
+        self.acceptance.release(request_id)
         self._ngram.release(request_id)
         self._head.release(request_id)
 

@@ -1,10 +1,15 @@
 """benchmarks/load.py and load_report.py: what a run comes to, on rounds made up so that the figures are known."""
 
 import importlib
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from dspark_serve.drafters.ngram import NgramDrafter
+from dspark_serve.drafters.portfolio import PortfolioDrafter
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 load = importlib.import_module("load")
@@ -48,6 +53,31 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_texts_are_compared_as_far_as_both_have_come(a, b, agree) -> None:
     assert load._agree(load.Served(texts=a), load.Served(texts=b)) is agree
     assert load._agree(load.Served(texts=b), load.Served(texts=a)) is agree
+
+
+def portfolio():
+    return PortfolioDrafter(NgramDrafter(4), SimpleNamespace(taps=(), width=4), "head")
+
+
+def test_every_round_has_engines_of_its_own_with_what_those_before_learned() -> None:
+    arms, built = object.__new__(load.Arms), []
+    arms._arms = {name: {"budget": name} for name in ("none", "fixed 1", "budget")}
+    arms._engine = lambda speculation: (
+        built.append(speculation["budget"]) or SimpleNamespace(budget=object(), drafter=portfolio())
+    )
+    arms.engines = {name: arms._engine(speculation) for name, speculation in arms._arms.items()}
+    before, orders, draw = dict(arms.engines), set(), random.Random(0)
+    for _ in range(8):
+        arms.renew(draw)
+        orders.add(tuple(built[-3:]))
+    assert len(orders) > 1
+    assert all(sorted(order) == sorted(arms._arms) for order in orders)
+    assert list(arms.engines) == list(before)
+    for name, engine in arms.engines.items():
+        assert engine is not before[name]
+        assert engine.budget is before[name].budget
+        assert engine.drafter is not before[name].drafter
+        assert engine.drafter.acceptance is before[name].drafter.acceptance
 
 
 def cell(same_text=True, **gains):

@@ -85,7 +85,7 @@ def test_where_nothing_is_found_all_is_the_heads(states):
     assert proposal.tokens.tolist() == [[7, 8], [7, 8]]
     assert (proposal.n_draft, proposal.drafters) == ((2, 2), ("head", "head"))
     # What it says itself, or what is known of its drafts.
-    first = 0.9 if states else float(drafter._acceptance.rates(drafter._acceptance.lines(["r0"]), 0)[0, 0])
+    first = 0.9 if states else float(drafter.acceptance.rates(drafter.acceptance.lines(["r0"]), 0)[0, 0])
     assert proposal.confidence[:, 0].tolist() == pytest.approx([first] * 2)
     assert drafter._pending == [("r0", 0), ("r1", 0)]
     # The same as beside a row that has something to copy: its text repeats.
