@@ -152,7 +152,7 @@ def test_a_decision_holds_until_the_rows_change() -> None:
     assert server.budget._admission is not None
     expected = server.budget._admission._drafted.expected
     server.budget._admission._drafted.expected = lambda *args: asked.append(1) or expected(*args)  # type: ignore
-    server.run(3 * _HOLD)
+    server.run(3 * (_HOLD // 3))  # each of the three makes a block
     assert len(asked) == 3
     asked.clear()
     for _ in range(5):
