@@ -2,11 +2,11 @@
 
 Every arm is an engine of its own, of the same weights. They take turns of some steps, each on a clock that runs
 while it works, so that a machine that slows down slows down all of them. Where in memory an engine happens to lie makes
-its steps up to a percent longer or shorter, so every round has engines of its own, built in another order, which
-begin with what those before have learned. All serve the same requests, so texts are
-compared as well: every other one greedy, the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers
-differ in length, and a round ends while the load is still steady: where no further request is there to start. Prompts:
-a directory of JSON lines with "turns", else the sample here.
+its steps up to two percent longer or shorter, so every round has engines of its own, built in another order; they begin
+with what those before have learned. All serve the same requests, so texts are compared as well: every other one greedy,
+the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in length, and a round ends while the
+load is still steady: where no further request is there to start. Prompts: a directory of JSON lines with "turns", else
+the sample here.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], flo
     rows = _rows(rig, shape)
     drafts_cost = bool(costly) and shape.chunk == 1
     try:
-        proposal, drafts = None, {0.0: 0.0, 1.0: 0.0}
+        proposal, drafts = None, {0.0: 0.0, 1.0: 0.0}  # milliseconds by temperature
         for temperature in drafts if drafts_cost else ():
             rows = [_at(row, temperature) for row in rows]
             _smallest_ms(rig, clock)  # as in service, a draft finds in the caches what a step leaves there

@@ -33,8 +33,7 @@ _GLANCE_SHARE = 0.001  # likewise for lookups
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-_HOLD = 32  # steps that a decision holds for while the rows are the same; blocks, where there are any
-_LEAST_HOLD = 16  # steps: to ask takes as long as a percent of one, and rows that begin anew have context to write
+HOLD = 32  # steps that a decision holds for while the rows are the same
 _ALIKE = 4  # it holds, too, while no more than one row in so many came or went
 _LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
 _LOOKUP_GAIN = 0.1  # of that estimate, per measurement
@@ -232,8 +231,8 @@ class Admission:
             if looks:
                 worth = self._worth(self._found, self._lookup_ms * np.arange(len(rows) + 1.0), *at)
                 admitted = Admitted(admitted.costly, ~admitted.costly & worth)
-        # Many rows that draft say in a few steps whether it was right that they do.
-        hold = max(_HOLD // max(admitted.drafting, 1), _LEAST_HOLD)
+        # Several rows that draft have made blocks enough by half of that to say whether it was right that they do.
+        hold = HOLD // 2 if admitted.drafting > 1 else HOLD
         self._held = _Held(self._own, members, load.rows, admitted, step + hold)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
 

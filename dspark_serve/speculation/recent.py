@@ -144,10 +144,7 @@ class Recent:
         """whole [lines]: survival of each one's block, summed over it."""
         survival, blocks = self._own.column(self._survival), self._own.column(self._blocks)
         own, count = survival[lines], blocks[lines] + 1
-        whole -= own
-        whole *= np.maximum(_OWN_GAIN, 1 / count)
-        own += whole
-        survival[lines] = own
+        survival[lines] = own + np.maximum(_OWN_GAIN, 1 / count) * (whole - own)
         blocks[lines] = count
         self._own.column(self._step)[lines] = step
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dspark_serve.speculation.admission import Load
+from dspark_serve.speculation.admission import HOLD, Load
 from dspark_serve.types import BudgetReport, Plan, Request
 
-_STEPS = 31  # between two looks; a decision holds for as long
+_STEPS = HOLD - 1  # between two looks: for as long as what was decided at the last one
 
 
 @dataclass

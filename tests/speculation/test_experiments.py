@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dspark_serve.speculation import admission
-from dspark_serve.speculation.admission import _HOLD, Admitted, Allowance, _Held
+from dspark_serve.speculation.admission import HOLD, Admitted, Allowance, _Held
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.speculation.policies import AutoBudget
@@ -95,7 +95,7 @@ def test_a_row_is_probed_as_soon_as_that_is_saved_up(step_ms: Callable[[int], fl
     price_ms = drafting(1) + step_ms(rows + WIDTH) - step_ms(rows)
     between = price_ms / (made._admission._probes.share * step_ms(rows))  # steps
     assert (
-        max(b - a for a, b in pairwise([0, *probed, STEPS])) <= 1.1 * between + _HOLD
+        max(b - a for a, b in pairwise([0, *probed, STEPS])) <= 1.1 * between + HOLD
     )  # in which what was decided stays
     assert max(server.drafted) == 1  # one at a time
 
@@ -123,7 +123,7 @@ def test_glances_are_made_as_soon_as_they_are_saved_up() -> None:
     server.run(STEPS)
     glances = [index for index, count in enumerate(server.looked_up) if count]
     between = (LOOKING_MS + 0.01 / ROWS) * ROWS / (made._admission._glances.share * cheap(ROWS))
-    assert max(b - a for a, b in pairwise([0, *glances, STEPS])) <= 1.1 * between + _HOLD
+    assert max(b - a for a, b in pairwise([0, *glances, STEPS])) <= 1.1 * between + HOLD
 
 
 def test_what_is_not_spent_is_not_hoarded() -> None:
@@ -268,8 +268,8 @@ def test_what_learning_takes_is_part_of_the_price() -> None:
         for _ in range(200):
             lesson.add(drafted, ms)  # what cannot be is dropped
     assert lesson.ms == pytest.approx(0.3, abs=0.01)
-    server.run(2 * _HOLD)
+    server.run(2 * HOLD)
     assert server.drafted[-1] == 3
     lesson.with_ms = 1e3
-    server.run(2 * _HOLD)
+    server.run(2 * HOLD)
     assert server.drafted[-1] == 0
