@@ -209,3 +209,15 @@ def test_damaged_calibration_is_ignored_with_one_warning(
     slot = '{"confidence": 1, "largest": NaN, "offset": 0}'
     (tmp_path / "dspark.json").write_text('{"calibration": {"greedy": {"slots": [' + slot + "]}}}")
     assert stored_maps(tmp_path) == {}
+
+
+def test_the_calibration_error_is_the_distance_of_what_was_said_and_what_came() -> None:
+    made, given = Calibrator("coupled", WIDTH, adaptive=frozenset({"head"})), signals(np.full((2, WIDTH), 0.9))
+    said, kept = np.full((2, WIDTH), 0.9), np.full(2, WIDTH)
+    for accepted in (0, WIDTH):  # one label per row that came to nothing; four that came
+        for _ in range(4):
+            made.learn(given, said, kept, np.full(2, accepted))
+        if not accepted:
+            assert made.error == pytest.approx(0.9)
+    # Ten labels counted, all of one bin: eight came, where nine were said to.
+    assert made.error == pytest.approx(0.1, abs=0.01)

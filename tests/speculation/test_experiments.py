@@ -273,3 +273,17 @@ def test_what_learning_takes_is_part_of_the_price() -> None:
     lesson.with_ms = 1e3
     server.run(2 * HOLD)
     assert server.drafted[-1] == 0
+
+
+def test_no_probe_where_nine_right_drafts_in_ten_would_not_pay() -> None:
+    """8 rows take 170 ms, and every draft 20 more: whole blocks of such drafts would bring 66 ms' worth for 83."""
+
+    def dearer(tokens: int) -> float:
+        return 10 + 20.0 * tokens
+
+    server = settled(budget(cost(dearer, drafting)), dearer)
+    server.run(STEPS)
+    assert not any(server.drafted)
+    server = settled(budget(cost(dear, drafting)), dear)
+    server.run(STEPS)
+    assert any(server.drafted)

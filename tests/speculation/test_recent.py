@@ -114,3 +114,17 @@ def test_lookups_count_as_far_as_they_were_kept(kept: int, worth: float) -> None
     _, gain, unknown = admission._found.expected(Members.of(requests), np.full(8, 4))
     assert unknown is None
     assert gain[:, 0].tolist() == pytest.approx([worth] * 8)
+
+
+def test_whole_blocks_of_all_drafters_by_temperature() -> None:
+    requests = tuple(
+        Request(f"r{n}", (1,), SamplingParams(temperature=t), seed=n) for n, t in enumerate([0.0, 1.0] * 4)
+    )
+    members, recent = Members.of(requests), Recent()
+    kinds = ("head", "ngram", "ngram", "head") * 2
+    signals = DraftSignals(members.requests, kinds, members.ranges, None, None, np.full(8, WIDTH))
+    blocks = np.where(members.ranges[:, None] == 0, 0.5, 0.25) * np.ones((8, WIDTH))
+    for step in range(1, 9):
+        recent.remember_whole(signals, blocks, step)
+    assert recent.whole(members, np.full(8, WIDTH)).tolist() == pytest.approx([0.5 * WIDTH, 0.25 * WIDTH] * 4)
+    assert recent.last_steps(members.requests).tolist() == [8.0] * 8
