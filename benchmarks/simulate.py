@@ -24,7 +24,8 @@ from dspark_serve.types import Request, SamplingParams  # isort: skip  (before t
 import numpy as np
 from common import facts, write_json
 from rooflines import DEVICES, MODELS, Machine, Roofline
-from simulation import Drafts, Outcome, SimulatedEngine, SyntheticDrafts, Trace, TracedDrafts, logit_for, serve
+from simulation import Drafts, Outcome, SimulatedEngine, Trace, TracedDrafts, serve
+from synthetic_drafts import SyntheticDrafts, logit_for
 from validation import validate
 
 from dspark_serve.cache.pages import PagePool

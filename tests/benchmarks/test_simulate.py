@@ -20,6 +20,7 @@ from tests import toy
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 simulate = importlib.import_module("simulate")
 simulation = importlib.import_module("simulation")
+synthetic_drafts = importlib.import_module("synthetic_drafts")
 rooflines = importlib.import_module("rooflines")
 validation = importlib.import_module("validation")
 
@@ -61,7 +62,7 @@ def engine_of(budget, drafts, machine=None, **options):
 
 
 def test_virtual_time_is_the_sum_of_the_costs():
-    engine = engine_of(FixedBudget(2), simulation.SyntheticDrafts([0.5], 4, 0))
+    engine = engine_of(FixedBudget(2), synthetic_drafts.SyntheticDrafts([0.5], 4, 0))
     expected_ms, requests = 0.0, some_requests(6)
     for request in requests:
         engine.scheduler.add(request)
@@ -86,7 +87,7 @@ def test_noise_disturbs_durations_about_what_they_are():
     quiet, loud = (
         simulation.serve(simulation.SimulatedEngine(scheduler(), KeepAll(), drafts, Line(), noise), requests, 4)
         for noise, drafts, requests in (
-            (noise, simulation.SyntheticDrafts([0.5], 4, 0), some_requests(60)) for noise in (0.0, 0.1)
+            (noise, synthetic_drafts.SyntheticDrafts([0.5], 4, 0), some_requests(60)) for noise in (0.0, 0.1)
         )
     )
     assert loud.tokens == quiet.tokens
@@ -112,7 +113,7 @@ def test_arms_face_the_same_drafts(qwen):
 
 @pytest.mark.parametrize("length", [1.5, 3.29, 6.11])
 def test_synthetic_drafts_have_the_accepted_length_and_say_the_odds(length):
-    drafts = simulation.SyntheticDrafts([simulation.logit_for(length, 7)], 7, seed=1)
+    drafts = synthetic_drafts.SyntheticDrafts([synthetic_drafts.logit_for(length, 7)], 7, seed=1)
     requests = some_requests(300)
     for arrival, request in enumerate(requests):
         request.arrival = arrival
@@ -131,13 +132,13 @@ def test_synthetic_drafts_have_the_accepted_length_and_say_the_odds(length):
 def test_more_accepted_than_drafted_is_refused():
     for length in (1.0, 8.0):
         with pytest.raises(ValueError, match="between 1 and 8 tokens per step"):
-            simulation.logit_for(length, 7)
+            synthetic_drafts.logit_for(length, 7)
 
 
 @pytest.fixture
 def recorded(tmp_path):
     """A trace of a simulated run with whole blocks, and how the run went."""
-    drafts = simulation.SyntheticDrafts([-0.5, 1.5], 4, seed=2, costly="head")
+    drafts = synthetic_drafts.SyntheticDrafts([-0.5, 1.5], 4, seed=2, costly="head")
     seen = simulation.Recording(KeepAll(), simulation.Trace("head", 4))
     engine = engine_of(seen, drafts)
     outcome = simulation.serve(engine, some_requests(10), 4, drain=True)
@@ -374,7 +375,7 @@ def test_bad_options_are_named(monkeypatch, capsys, tmp_path, recorded):
     with pytest.raises(ValueError, match="at least 1"):
         simulate.Work(requests=0)
     with pytest.raises(ValueError, match="too few requests for concurrency 4"):
-        simulation.serve(engine_of(KeepAll(), simulation.SyntheticDrafts([0.5], 4, 0)), some_requests(2), 4)
+        simulation.serve(engine_of(KeepAll(), synthetic_drafts.SyntheticDrafts([0.5], 4, 0)), some_requests(2), 4)
     for arguments in (["--concurrency", "0"], ["--record", "x"], ["--device", "abacus"]):
         with pytest.raises(SystemExit):
             run_main(arguments, monkeypatch)
@@ -383,9 +384,13 @@ def test_bad_options_are_named(monkeypatch, capsys, tmp_path, recorded):
 def test_the_stated_odds_tell_prefixes_from_others_as_in_the_paper():
     """How probable it is that an accepted prefix was given more than one that was not: the paper has .81 to .91."""
     draw = np.random.default_rng(0)
-    logits = np.array([simulation.logit_for(length, 7) for length in simulate.PAPER])
-    rows = draw.choice(logits, (4000, 1)) + draw.normal(0, simulation.SPREAD[0], (4000, 1))
-    slots = rows + draw.normal(0, simulation.SPREAD[1], (4000, 1)) + draw.normal(0, simulation.SPREAD[2], (4000, 7))
+    logits = np.array([synthetic_drafts.logit_for(length, 7) for length in simulate.PAPER])
+    rows = draw.choice(logits, (4000, 1)) + draw.normal(0, synthetic_drafts.SPREAD[0], (4000, 1))
+    slots = (
+        rows
+        + draw.normal(0, synthetic_drafts.SPREAD[1], (4000, 1))
+        + draw.normal(0, synthetic_drafts.SPREAD[2], (4000, 7))
+    )
     odds = sigmoid(slots)
     came = np.logical_and.accumulate(draw.random(odds.shape) < odds, axis=1).ravel()
     ranks = odds.cumprod(1).ravel().argsort().argsort()
