@@ -65,7 +65,7 @@ def lookup(passage: Passage, size: int, shortest: int = 2) -> tuple[np.ndarray, 
     request = Request("", tuple(prompt), SamplingParams(), seed=0, token_ids=prompt)
     for row, anchor in enumerate(anchors):
         request.token_ids.append(tokens[anchor])
-        drafts, _ = drafter.look_up(Row(request, anchor, 1, samples=True, max_drafts=size))
+        drafts = drafter.look_up(Row(request, anchor, 1, samples=True, max_drafts=size))
         found[row] = bool(drafts)
         real = tokens[anchor + 1 : anchor + 1 + size]
         matches[row, : len(real)] = [a == b for a, b in zip(drafts or [-1] * size, real, strict=False)]

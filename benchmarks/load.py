@@ -178,16 +178,19 @@ class Arms:
 
     def renew(self, draw: random.Random) -> None:
         """Other engines in place of these, which know what these have learned."""
-        learned = {
-            name: (engine.budget, getattr(engine.drafter, "acceptance", None)) for name, engine in self.engines.items()
+        budgets = {name: engine.budget for name, engine in self.engines.items()}
+        known = {
+            name: (engine.drafter.acceptance, engine.drafter.copies)
+            for name, engine in self.engines.items()
+            if isinstance(engine.drafter, PortfolioDrafter)
         }
         self.engines.clear()
         gc.collect()  # before the new ones need the memory
         made = {name: self._engine(self._arms[name]) for name in draw.sample(list(self._arms), len(self._arms))}
-        for name, (budget, acceptance) in learned.items():
-            made[name].budget = budget
-            if isinstance(made[name].drafter, PortfolioDrafter):
-                made[name].drafter.acceptance = acceptance
+        for name, engine in made.items():
+            engine.budget = budgets[name]
+            if isinstance(engine.drafter, PortfolioDrafter):
+                engine.drafter.take_over(*known[name])
         self.engines = {name: made[name] for name in self._arms}
 
     def serve_all(

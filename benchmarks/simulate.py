@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dspark_serve.types import Request, SamplingParams  # isort: skip  (before torch: the package sets how threads wait)
+from dspark_serve.types import LOOKUP, Request, SamplingParams  # isort: skip  (before torch: the package sets how threads wait)
 
 import numpy as np
 from common import facts, write_json
@@ -139,18 +139,15 @@ def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool
     return Profile(tuple(steps), tuple(point for point in drafts if point.ms > 0))
 
 
-def budget_for(arm: str, scene: Scene, scheduler: Scheduler, costly: str, long_sweep: bool = False) -> Budget:
+def budget_for(arm: str, scene: Scene, scheduler: Scheduler, drafts: Drafts, long_sweep: bool = False) -> Budget:
     if arm != AUTO:
         return FixedBudget(int(arm.split()[1])) if arm.startswith("fixed") else KeepAll()
     width = scene.width(arm)
     profile = scene.profile or sampled(scene.machine(arm), scheduler, width, long_sweep)
     costs = CostModel(profile, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-    lookup = scene.trace is not None and any(
-        each.drafter != costly for mine in scene.trace.rounds.values() for each in mine
-    )
-    adaptive = frozenset({"ngram"}) if lookup else frozenset()
-    calibrator = Calibrator("coupled", width, head=costly, adaptive=adaptive)
-    return AutoBudget(costs, calibrator, drafter=costly, costly=costly, lookup=lookup)
+    calibrator = Calibrator("coupled", width, head=drafts.costly, adaptive=frozenset({LOOKUP}))
+    lookups = drafts if isinstance(drafts, TracedDrafts) else None
+    return AutoBudget(costs, calibrator, drafter=drafts.costly, costly=drafts.costly, lookups=lookups)
 
 
 def requests_of(work: Work, count: int) -> Iterator[Request]:
@@ -176,7 +173,7 @@ def run_cell(scene: Scene, arm: str, concurrency: int, work: Work) -> Outcome:
         vocab_size=2,
         draft_width=0 if arm == NONE else scene.width(arm),
     )
-    budget = budget_for(arm, scene, scheduler, drafts.costly, work.long_sweep)
+    budget = budget_for(arm, scene, scheduler, drafts, work.long_sweep)
     engine = SimulatedEngine(scheduler, budget, drafts, scene.machine(arm), work.noise, work.seed)
     count = concurrency + max(work.requests, 2 * concurrency)
     # The requests that begin together also end together; by then others have taken their places out of step.

@@ -7,8 +7,10 @@ takes instead of taking it. Must not know: where machines and traces come from, 
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,7 @@ from rooflines import Machine
 
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.reports import StepReport
+from dspark_serve.speculation.copying import Promised
 from dspark_serve.speculation.policies import Budget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult
@@ -176,6 +179,15 @@ class TracedDrafts:
             largest=self._table([each.largest for each in found]) if any(each.largest for each in found) else None,
         )
         return proposal, np.array([each.accepted for each in found], dtype=np.int64)
+
+    def promised(self, rows: Sequence[Row], least: float) -> Promised:
+        """Rows that a lookup drafted for in the recording, with what it said then."""
+        promised = []
+        for index, row in enumerate(rows):
+            if row.max_drafts > 0 and (found := self._find(row)).drafter != self.costly:
+                chances = list(itertools.accumulate(found.confidence[: row.max_drafts], operator.mul))
+                promised.append((index, chances))
+        return promised if any(chances[0] >= least for _, chances in promised) else []
 
     def _find(self, row: Row) -> Round:
         name = row.request.request_id

@@ -21,11 +21,13 @@ from load import AUTO, FULL, NONE, Arms, Item, workloads
 from simulation import Recording, SimulatedEngine, Trace, TracedDrafts, serve
 
 from dspark_serve.cache.pages import PagePool
+from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.profile import SECONDS, Rig, sweep
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.copying import Lookups
 from dspark_serve.speculation.cost import CostModel, Point, Profile
 from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
 from dspark_serve.types import Request, SamplingParams
@@ -62,17 +64,17 @@ class Shadow:
         )
         return CostModel(Profile(*points), scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
 
-    def budget(self) -> AutoBudget:
-        """A budget that has learned nothing yet."""
+    def budget(self, lookups: Lookups) -> AutoBudget:
+        """A budget that has learned nothing yet. lookups: what it is told of texts that repeat themselves."""
         if self._calibrator is None:
             raise ValueError("this engine drafts nothing, so there is no budget to simulate")
         old, name = self._calibrator, self.engine.info.drafter
         calibrator = Calibrator(old.mode, old.width, old.stored, head=old.head, adaptive=old.adaptive)
-        lookup = name == "portfolio"
-        return AutoBudget(self.costs(), calibrator, drafter=name, costly=old.head or None, lookup=lookup)
+        return AutoBudget(self.costs(), calibrator, drafter=name, costly=old.head or None, lookups=lookups)
 
-    def simulated(self, budget: Budget, trace: Trace, items: list[Item], concurrency: int) -> float:
-        """Tokens per second on these requests, their prompts in the prefix cache as in the measurement."""
+    def simulated(self, decides: bool, trace: Trace, items: list[Item], concurrency: int) -> float:
+        """Tokens per second on these requests, their prompts in the prefix cache as in the measurement, with a new
+        budget or with every draft kept."""
         real = self.engine.scheduler
         scheduler = Scheduler(
             PagePool(real.pool.num_pages, real.pool.page_size, real.pool.prefix_caching),
@@ -84,9 +86,10 @@ class Shadow:
             draft_width=real.draft_width,
             max_prefill_chunk=real.max_prefill_chunk,
         )
-        engine = SimulatedEngine(scheduler, KeepAll(), TracedDrafts(trace), self.costs())
+        engine = SimulatedEngine(scheduler, KeepAll(), drafts := TracedDrafts(trace), self.costs())
         serve(engine, _requests([replace(item, new_tokens=1) for item in items], "first-"), concurrency, drain=True)
-        engine.budget = budget
+        if decides:
+            engine.budget = self.budget(drafts)
         return serve(engine, _requests(items), concurrency, drain=False).tokens_per_s
 
 
@@ -133,7 +136,10 @@ def serve_round(
     arms.serve_all([replace(item, new_tokens=1) for item in items], at_once, concurrency, draw)
     seen = {}
     for arm, engine in arms.engines.items():
-        budget = shadows[arm].budget() if arm == AUTO else KeepAll()
+        budget: Budget = KeepAll()
+        if arm == AUTO:
+            assert isinstance(engine.drafter, PortfolioDrafter), "as the default model comes"
+            budget = shadows[arm].budget(engine.drafter.copies)
         engine.budget = seen[arm] = Recording(budget, Trace(shadows[arm].costly, engine.drafter.width))
     served = arms.serve_all(items, at_once, concurrency, draw)
     return Turn(items, {arm: each.rate for arm, each in served.items()}, seen)
@@ -146,8 +152,7 @@ def compare(turns: list[Turn], shadows: dict[str, Shadow], concurrency: int) -> 
         trace = by_number(turn.seen[FULL].trace, len(turn.items))
         slowdowns = {arm: seen.slowdown(shadows[arm].costs()) for arm, seen in turn.seen.items()}
         for arm, shadow in shadows.items():
-            budget = shadow.budget() if arm == AUTO else KeepAll()
-            simulated = shadow.simulated(budget, trace, turn.items, concurrency)
+            simulated = shadow.simulated(arm == AUTO, trace, turn.items, concurrency)
             drift = statistics.mean(slowdowns[other] for other in slowdowns if other not in (arm, AUTO))
             found[arm].append(
                 {

@@ -146,12 +146,20 @@ class Proposal:
         return Proposal(torch.empty((rows, 0), dtype=torch.int64, device=device), (0,) * rows)
 
     @staticmethod
-    def from_lists(drafts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Proposal:
-        """Certain drafts from host lists; rows may differ in length and may be empty."""
+    def from_lists(
+        drafts: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        confidence: Sequence[Sequence[float]] | None = None,
+    ) -> Proposal:
+        """Certain drafts from host lists; rows may differ in length and may be empty. confidence: of each draft."""
         width = max((len(d) for d in drafts), default=0)
         padded = [[*d, *([-1] * (width - len(d)))] for d in drafts]
-        (tokens,) = to_device(torch.device(device), np.array(padded, dtype=np.int64).reshape(len(drafts), width))
-        return Proposal(tokens, tuple(len(d) for d in drafts))
+        tables: list[npt.NDArray[Any]] = [np.array(padded, dtype=np.int64).reshape(len(drafts), width)]
+        if confidence is not None:
+            stated = [[*c, *([0.0] * (width - len(c)))] for c in confidence]
+            tables.append(np.array(stated, dtype=np.float32).reshape(len(drafts), width))
+        tokens, *said = to_device(torch.device(device), *tables)
+        return Proposal(tokens, tuple(len(d) for d in drafts), confidence=said[0] if said else None)
 
     def spread(self, index: Sequence[int], rows: int) -> Proposal:
         """This proposal's rows as rows `index` of a larger one, whose other rows draft nothing."""

@@ -6,6 +6,7 @@ Must not know: torch, text, HTTP. Everything here may be created and compared wi
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,8 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 VerifyMode = Literal["coupled", "rejection"]
 GREEDY_TEMPERATURE = 1e-5  # at or below this the target distribution is the one-hot of its argmax
+TEMPERATURE_RANGES = (GREEDY_TEMPERATURE, 0.6, 0.9, 1.2)  # upper ends: drafts of like temperatures fare alike
+LOOKUP = "ngram"  # the drafter that takes no pass of a model, in reports
 MAX_LOGPROBS = 20
 
 
@@ -311,6 +314,11 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of leading positions at which a and b agree."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def temperature_range(temperature: float) -> int:
+    """Index of the range that it falls into; 0 is greedy, the last is above all ends."""
+    return bisect_left(TEMPERATURE_RANGES, temperature)
 
 
 def signed_seed(seed: int) -> int:

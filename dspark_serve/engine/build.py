@@ -42,6 +42,7 @@ from dspark_serve.speculation.calibrate import Calibrator, stored_maps
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
 from dspark_serve.speculation.verify import Rule, verify
+from dspark_serve.types import LOOKUP
 
 DRAFTERS: dict[str, Callable[[SpeculationConfig, TargetModel], DrafterPlan]] = {
     "none": lambda config, target: DrafterPlan("none", lambda store, first_layer, record=None: NoDrafter()),
@@ -297,15 +298,14 @@ def _budget(config: SpeculationConfig, plan: DrafterPlan, rig: Rig) -> Budget:
         rig.drafter.width,
         stored_maps(head_dir) if head_dir is not None else {},
         head=plan.costly or "",
-        # A portfolio states how often each request's lookups were right; a lookup alone states nothing.
-        adaptive=frozenset({"ngram"}) if plan.name == "portfolio" else frozenset(),
+        adaptive=frozenset({LOOKUP}),  # it states how often such copies were right of late
     )
     return AutoBudget(
         CostModel(profile, rig.scheduler.max_num_batched_tokens, rig.scheduler.max_num_seqs),
         calibrator,
         drafter=plan.name,
         costly=plan.costly,
-        lookup=plan.name == "portfolio",
+        lookups=rig.drafter.copies if isinstance(rig.drafter, NgramDrafter | PortfolioDrafter) else None,
         tokens_per_s_per_user=float(config.objective.partition(":")[2] or 0.0),
     )
 

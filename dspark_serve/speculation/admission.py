@@ -1,4 +1,4 @@
-"""Who drafts in a step, settled before anything is drafted: with a pass of a model, by looking up, or not at all.
+"""Who drafts with a pass of a model in a step, settled before anything is drafted.
 
 Goes by what drafts of late were worth and by measured costs, so it is legal in every mode. Must not know: torch,
 drafters, what becomes of this step's drafts.
@@ -23,20 +23,16 @@ from dspark_serve.types import Plan, Row
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-LOOKUP = "ngram"  # the drafter that takes no pass of a model, beside one that does
 # What drafts must promise over doing without: costs are known to a few percent, and a draft is work in places that have
 # no curve.
 HURDLE = 0.02
 
 _PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, to learn whether they would now
-_GLANCE_SHARE = 0.001  # likewise for lookups
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
 HOLD = 32  # steps that a decision holds for while the rows are the same
 _ALIKE = 4  # it holds, too, while no more than one row in so many came or went
-_LOOKUP_MS = 0.02  # to look up and weigh one row's drafts, until it is measured
-_LOOKUP_GAIN = 0.1  # of that estimate, per measurement
 _LESSON_GAIN = 0.05
 _ODD_MS = 5.0
 
@@ -62,6 +58,10 @@ class Load:
         greedy = members.greedy and all([row.request.params.greedy for row in rest if row.samples])
         keys_per_draft = context / max(count, 1)
         return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
+
+    def like(self, other: Load) -> bool:
+        """Whether they differ in no more than how far the rows have come."""
+        return (self.tokens, self.rows, self.greedy) == (other.tokens, other.rows, other.greedy)
 
     def plain_ms(self, cost: CostModel) -> float:
         """The first of `times`."""
@@ -125,30 +125,19 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Admitted:
-    """Which rows draft, [rows] each: with the drafter that takes a pass of a model; by looking up alone."""
+    """Which rows draft with the drafter that takes a pass of a model [rows]."""
 
     costly: Bools
-    lookup: Bools
     probed: str | None = None  # the request that drafts only to see what comes of it
-    glance: bool = False  # those that look up do so only to see what comes of it
-
-    @staticmethod
-    def nobody(rows: int) -> Admitted:
-        return Admitted(np.zeros(rows, dtype=np.bool_), np.zeros(rows, dtype=np.bool_))
 
     @cached_property
     def drafting(self) -> int:
-        """Rows that draft with the costly drafter."""
+        """How many they are."""
         return int(np.count_nonzero(self.costly))
-
-    @cached_property
-    def looking(self) -> int:
-        """Rows that look up alone."""
-        return int(np.count_nonzero(self.lookup))
 
 
 _DECISION = "decision"  # column: one of these, or 0 for a request about which there is none
-_NEITHER, _DRAFTS, _LOOKS = 1, 2, 3
+_NO, _YES = 1, 2
 
 
 class _Held:
@@ -162,9 +151,8 @@ class _Held:
         lines = own.lines(members.requests)
         column = own.column(_DECISION)
         column[:] = 0
-        column[lines] = _NEITHER + admitted.costly + (_LOOKS - _NEITHER) * admitted.lookup
-        most = self._count / 2
-        self._usual = _DRAFTS if admitted.drafting > most else _LOOKS if admitted.looking > most else _NEITHER
+        column[lines] = np.where(admitted.costly, _YES, _NO)
+        self._usual = _YES if admitted.drafting > self._count / 2 else _NO
 
     def still(self, members: Members, rows: int, step: int) -> Admitted | None:
         """The decision as it goes for these rows; None if it has to be made anew.
@@ -181,7 +169,7 @@ class _Held:
             if max(self._count - known, len(decided) - known, abs(rows - self._rows)) * _ALIKE > self._count:
                 return None
             decided[decided == 0] = self._usual
-            self._last = members, rows, Admitted(decided == _DRAFTS, decided == _LOOKS)
+            self._last = members, rows, Admitted(decided == _YES)
         return self._last[2]
 
 
@@ -195,17 +183,15 @@ def _may_pay(gain: Floats, load: Load, plain_ms: float, least_ms: float) -> bool
 class Admission:
     """Decides who drafts, and remembers what came of it.
 
-    costly: the name of the drafter that takes a pass of a model. lookup: rows that do not earn it may look up.
-    own: where what is known of each request is kept, beside what others keep.
+    costly: the name of the drafter that takes a pass of a model. own: where what is known of each request is kept,
+    beside what others keep.
     """
 
-    def __init__(self, cost: CostModel, costly: str, lookup: bool, own: PerRequest | None = None) -> None:
-        self._cost, self._costly, self._lookup = cost, costly, lookup
+    def __init__(self, cost: CostModel, costly: str, own: PerRequest | None = None) -> None:
+        self._cost, self._costly = cost, costly
         self._own = own = PerRequest() if own is None else own
         self._drafted = Recent(own, "drafted")
-        self._found = Recent(own, "found")  # the same of lookups, with those that found nothing
-        self._probes, self._glances = Allowance(_PROBE_SHARE), Allowance(_GLANCE_SHARE)
-        self._lookup_ms = _LOOKUP_MS
+        self._probes = Allowance(_PROBE_SHARE)
         self.lesson = Lesson()
         self._held: _Held | None = None
 
@@ -220,71 +206,53 @@ class Admission:
         limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
         least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
         gain = self._drafted.whole(members, limits)
-        drafts = _may_pay(gain, load, plain_ms, least_ms)
-        looks = self._lookup and _may_pay(self._found.whole(members, limits), load, plain_ms, self._lookup_ms)
-        admitted = Admitted.nobody(len(rows))
-        if drafts or looks:
-            at = members, limits, load, load.times(self._cost, int(limits.sum()))
-            if drafts:
-                draft_ms = self._cost.draft_curve(len(rows), context, load.greedy)
-                admitted = Admitted(self._worth(self._drafted, draft_ms, *at), admitted.lookup)
-            if looks:
-                worth = self._worth(self._found, self._lookup_ms * np.arange(len(rows) + 1.0), *at)
-                admitted = Admitted(admitted.costly, ~admitted.costly & worth)
+        if _may_pay(gain, load, plain_ms, least_ms):
+            admitted = Admitted(self._worth(members, limits, load, context))
+        else:
+            admitted = Admitted(np.zeros(len(rows), dtype=np.bool_))
         # Several rows that draft have made blocks enough by half of that to say whether it was right that they do.
         hold = HOLD // 2 if admitted.drafting > 1 else HOLD
         self._held = _Held(self._own, members, load.rows, admitted, step + hold)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
 
-    def _worth(
-        self,
-        recent: Recent,
-        draft_ms: Floats,
-        members: Members,
-        limits: npt.NDArray[np.int64],
-        load: Load,
-        times: Floats,
-    ) -> Bools:
-        """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows].
-
-        draft_ms [rows + 1]: the time to draft for 0, 1, ... rows. times: the load's.
-        """
-        kept, gain, unknown = recent.expected(members, limits)
+    def _worth(self, members: Members, limits: npt.NDArray[np.int64], load: Load, context: int) -> Bools:
+        """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows]."""
+        draft_ms = self._cost.draft_curve(len(limits), context, load.greedy)
         draft_ms[1:] += self.lesson.ms
+        kept, gain, unknown = self._drafted.expected(members, limits)
+        times = load.times(self._cost, int(limits.sum()))
         worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
         return worth if unknown is None else worth | unknown
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, plain_ms: float, gain: Floats, admitted: Admitted
     ) -> Admitted:
-        """Lets the row that has not drafted for longest draft all the same, and rows look up, once that is saved up.
+        """Lets the row that has not drafted for longest draft all the same, once that is saved up.
 
         A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
         blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where drafts would not
         pay if nine in ten of them were right, and all rows shared a pass, nothing is there to be learned.
         """
-        costly, lookup, glance = admitted.costly, admitted.lookup, False
-        if self._lookup and not (costly.any() or lookup.any()) and self._glances.spend(self._lookup_ms * len(rows)):
-            lookup, glance = ~costly, True
+        costly = admitted.costly
         if costly.all():
             return admitted
         whole = np.array([self._may_draft_whole(row) for row in rows])
         last_steps = np.where(whole & ~costly, self._drafted.last_steps(members.requests), np.inf)
         index = int(last_steps.argmin())
         if last_steps[index] == np.inf:
-            return Admitted(costly, lookup, glance=glance)
+            return admitted
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
         context, verify_ms = rows[index].start + 1, self._verify_ms(load, drafts)
         found = float((_AT_BEST ** np.arange(1, drafts + 1)).sum())
         if found * plain_ms / load.rows <= verify_ms + self._pass_ms(load, len(rows), context) / len(rows):
-            return Admitted(costly, lookup, glance=glance)
-        probed = None
+            return admitted
         spent_ms = verify_ms + self._pass_ms(load, count, context) - self._pass_ms(load, count - 1, context)
         saved_ms = float(gain[index]) * plain_ms / load.rows
-        if self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
-            costly, lookup, probed = costly.copy(), lookup.copy(), members.requests[index]
-            costly[index], lookup[index] = True, False
-        return Admitted(costly, lookup, probed, glance)
+        if not self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
+            return admitted
+        costly = costly.copy()
+        costly[index] = True
+        return Admitted(costly, members.requests[index])
 
     def _verify_ms(self, load: Load, drafts: int) -> float:
         """What verifying so many drafts adds to a step."""
@@ -301,41 +269,17 @@ class Admission:
         limit, width = row.request.speculation.max_draft_tokens, self._drafted.width
         return row.max_drafts >= (width if limit is None else min(width, limit))
 
-    def remember(
-        self, signals: DraftSignals, survival: Floats, kept: npt.NDArray[np.int64], step: int, probed: bool
-    ) -> None:
-        """What the drafts of a step promised, survival [rows, width], and how many were kept of each row [rows]."""
+    def remember(self, signals: DraftSignals, survival: Floats, step: int, probed: bool) -> None:
+        """What the drafts of a step promised, survival [rows, width]."""
         self._drafted.remember(signals, self._costly, survival, step, _PROBE_WEIGHT if probed else 1)
-        if self._lookup:
-            # What was found and not kept is worth nothing at this load. Another load is noticed soon enough: a glance
-            # costs so little that there are many. Not so probes; so what the other drafter promises counts at any load.
-            blocks = np.zeros(survival.shape)
-            if LOOKUP in signals.kinds:
-                found = np.array([kind == LOOKUP for kind in signals.kinds])[:, None]
-                np.copyto(blocks, survival, where=found & (np.arange(survival.shape[1]) < kept[:, None]))
-            self._found.remember_whole(signals, blocks, step)
 
-    def remember_nothing_found(self, signals: DraftSignals, width: int, step: int) -> None:
-        """Rows that were to look up found nothing, none of them."""
-        if self._lookup:
-            self._found.remember_whole(signals, np.zeros((len(signals.kinds), width)), step)
-
-    def learn(
-        self, spent_ms: float, looked_up: int, propose_ms: float, over_ms: float = 0.0, lost_ms: float = 0.0
-    ) -> None:
-        """After a step expected to take `spent_ms`, in which so many rows did nothing but look up.
+    def learn(self, spent_ms: float, over_ms: float = 0.0) -> None:
+        """After steps expected to take `spent_ms`.
 
         over_ms: what a probe took beyond its price: a row that has not drafted for long has its context written first.
-        lost_ms: what the drafts kept of a glance took beyond what they saved. Of many rows' lookups those look best
-        whose chances are overrated most, and what few labels there are in such a load corrects that slowly.
         """
         self._probes.earn(spent_ms)
         self._probes.saved_ms -= over_ms
-        self._glances.earn(spent_ms)
-        self._glances.saved_ms -= lost_ms
-        if looked_up:
-            self._lookup_ms += _LOOKUP_GAIN * (propose_ms / looked_up - self._lookup_ms)
 
     def release(self, request_id: str) -> None:
         self._drafted.release(request_id)
-        self._found.release(request_id)

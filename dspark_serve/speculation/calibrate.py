@@ -17,13 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_serve.speculation.per_request import PerRequest
-from dspark_serve.types import GREEDY_TEMPERATURE, VerifyMode
+from dspark_serve.types import VerifyMode
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-RANGES = (GREEDY_TEMPERATURE, 0.6, 0.9, 1.2)  # upper ends of the temperature ranges; a last one is above
-_RANGES: Floats = np.array(RANGES)
 _EDGE = 1e-4  # probabilities are kept this far from 0 and 1
 _SLOW = 0.02  # smallest gain of a slot's offset, per label
 _OWN_GAIN = 0.15  # of a request's own offset, per label: it has to follow the text
@@ -66,18 +64,13 @@ def stored_maps(head_dir: Path) -> dict[str, tuple[SlotMap, ...]]:
         return {}
 
 
-def temperature_ranges(temperatures: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Index of the range that each falls into; 0 is greedy."""
-    return _RANGES.searchsorted(temperatures)
-
-
 @dataclass(frozen=True)
 class DraftSignals:
     """What is known of a step's drafts before they are verified; arrays are [rows, width]."""
 
     requests: tuple[str, ...]  # [rows]
     kinds: tuple[str, ...]  # [rows] who drafted
-    ranges: npt.NDArray[np.int64]  # [rows] see temperature_ranges
+    ranges: npt.NDArray[np.int64]  # [rows] see temperature_range
     confidence: Floats | None  # probabilities as the drafter states them
     largest: Floats | None  # largest draft probability
     n_draft: npt.NDArray[np.int64]  # [rows]
@@ -97,13 +90,6 @@ class DraftSignals:
         for row, key in enumerate(zip(self.kinds, self.ranges.tolist(), strict=True)):
             found.setdefault(key, []).append(row)
         return {key: np.array(index) for key, index in found.items()}
-
-    @cached_property
-    def by_range(self) -> Mapping[int, slice | Ints]:
-        """Rows by temperature range, whoever drafted."""
-        if len(self.groups) == 1:
-            return {level: rows for (_, level), rows in self.groups.items()}
-        return {level: np.flatnonzero(self.ranges == level) for level in sorted(set(self.ranges.tolist()))}
 
 
 @dataclass(frozen=True)

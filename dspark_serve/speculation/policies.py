@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dspark_serve.speculation.admission import HURDLE, Admission, Admitted, Allowance, Load
+from dspark_serve.speculation.admission import HOLD, HURDLE, Admission, Allowance, Load
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
+from dspark_serve.speculation.copying import MOST, Lookups, Prices
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.recent import Members
 from dspark_serve.speculation.resting import Rest
@@ -24,10 +25,14 @@ from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowR
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 _FULL_SHARE = 0.003  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
 _BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _CURVE_POINTS = 48  # at most, of a curve to be shown
+_LOOKUP_MS = 0.2  # what a step in which somebody copies takes to look up, until it is measured
+_LOOKUP_GAIN = 0.05  # of that estimate, per measurement
+_ODD_MS = 5.0  # longer than anything takes: the process was stopped meanwhile
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 
@@ -108,18 +113,16 @@ class _Step:
     context: int  # theirs
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
-    glance: bool = False
     signals: DraftSignals | None = None
     said: Floats | None = None
     drafted: tuple[int, int] = 0, 0  # rows with drafts of the costly drafter, and their context
-    looked_up: int = 0  # rows that looked up, where no row drafted with the costly drafter
 
 
 class AutoBudget:
     """Keeps, and lets be made, the drafts with which expected tokens per second are highest.
 
-    costly: the drafter that takes a pass of a model, None if there is none; rows that would not earn it may still
-    draft otherwise if `lookup`. drafter: who drafts where a proposal does not say. Per-user speed: see
+    costly: the drafter that takes a pass of a model, None if there is none. lookups: rows that do not draft with it may
+    copy; without both, all draft. drafter: who drafts where a proposal does not say. Per-user speed: see
     `lift_slow_rows`; it looks ahead, so rejection mode raises ValueError.
     """
 
@@ -130,22 +133,25 @@ class AutoBudget:
         *,
         drafter: str,
         costly: str | None,
-        lookup: bool = False,
+        lookups: Lookups | None = None,
         tokens_per_s_per_user: float = 0.0,
     ) -> None:
         if tokens_per_s_per_user and calibrator.mode != "coupled":
             raise ValueError("an objective per user needs verify_mode coupled: it looks at all confidences of a step")
-        self.cost, self.calibrator = cost, calibrator
+        self.cost, self.calibrator, self.lookups = cost, calibrator, lookups
         self._drafter, self._costly = drafter, costly
         self._per_user = tokens_per_s_per_user
         self._full = Allowance(_FULL_SHARE)
-        self._drafted_before = False  # in the step before
-        self._admission = None if costly is None else Admission(cost, costly, lookup, calibrator.own)
+        self._drafted_before: bool | None = False  # in the step before; None: it only copied
+        self._admission = None if costly is None else Admission(cost, costly, calibrator.own)
         self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
         self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
         self._steps = 0
         self._rest: Rest | None = None
         self._resting = False  # in this step
+        self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
+        self._lookup_ms = _LOOKUP_MS
+        self._only_copies = False  # are drafted in this step
         self._step = _Step(Load(0, 0, 0, True), (), Members.of(()), 0)
         self._probed_before: str | None = None  # in the step before
 
@@ -160,21 +166,51 @@ class AutoBudget:
         self._steps += 1
         self._resting = self._rest is not None and self._rest.goes_on(plan)
         if self._resting:
-            return Plan(plan.bare, plan.num_preempted, plan.admitted, plan.bare)
+            return self._admitted(plan, plan.bare)
         self._probed_before = self._step.probed
         drafting = plan.drafting
         members, context = self._who(drafting), _context(drafting)
         self._step = step = _Step(Load.of(plan, members, context), drafting, members, context)
-        if not drafting or self._admission is None:
+        if not drafting or (self._admission is None and self.lookups is None):
             return plan
+        if self._admission is None:
+            return self._admitted(plan, plan.bare)
         admitted = self._admission.decide(drafting, members, step.load, context, self._steps)
-        step.probed, step.glance = admitted.probed, admitted.glance
+        step.probed = admitted.probed
         if admitted.drafting == len(drafting):
             return plan
         step.skipped["acceptance" if admitted.drafting else "cost"] = len(drafting) - admitted.drafting
-        if not admitted.drafting:
-            step.looked_up = admitted.looking
-        return Plan(_as_admitted(plan, admitted), plan.num_preempted, plan.admitted, plan.bare)
+        return self._admitted(plan, _with(plan, admitted.costly) if admitted.drafting else plan.bare)
+
+    def _admitted(self, plan: Plan, rows: tuple[Row, ...]) -> Plan:
+        """rows: the plan's, of which only some may draft. Of the others those do that copy what is worth verifying."""
+        copied = self._copied(plan)
+        if copied:
+            planned = list(rows)
+            for index, count in copied:
+                row = plan.rows[index]
+                if not rows[index].max_drafts:
+                    planned[index] = Row(row.request, row.start, row.length, row.samples, count, lookup_only=True)
+            rows = tuple(planned)
+        return Plan(rows, plan.num_preempted, plan.admitted, plan.bare)
+
+    def _copied(self, plan: Plan) -> Sequence[tuple[int, int]]:
+        """Rows of the plan, by index, that copy, and how many drafts of each are worth it."""
+        if self.lookups is None:
+            return ()
+        if self._per_user:  # what is worth it is to be seen with all drafts there are
+            return [(index, len(chances)) for index, chances in self.lookups.promised(plan.rows, 0.0)]
+        prices = self._prices_of(self._step.load)
+        if prices.least >= 1:
+            return ()
+        promised = self.lookups.promised(plan.rows, prices.least)
+        return prices.worth(promised) if promised else ()
+
+    def _prices_of(self, load: Load) -> Prices:
+        if self._prices is None or self._steps >= self._prices[1] or not load.like(self._prices[0]):
+            times = load.times(self.cost, MOST)
+            self._prices = load, self._steps + HOLD, Prices.of(load.rows, times, self._lookup_ms)
+        return self._prices[2]
 
     def _who(self, rows: tuple[Row, ...]) -> Members:
         requests = tuple([row.request for row in rows])
@@ -190,16 +226,13 @@ class AutoBudget:
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
         total, step, drafting = sum(proposal.n_draft), self._step, plan.drafting
-        if not drafting:
-            return ()
+        self._only_copies = total > 0 and not self._per_user and all([row.lookup_only for row in drafting])
+        if self._only_copies or not total:
+            return proposal.n_draft
         if proposal.n_draft != self._n_draft[0]:
             self._n_draft = proposal.n_draft, np.array(proposal.n_draft, dtype=np.int64)
         n_draft = self._n_draft[1]
         signals = self._signals(drafting, proposal, n_draft)
-        if not total:
-            if step.looked_up and self._admission is not None:
-                self._admission.remember_nothing_found(signals, self.calibrator.width, self._steps)
-            return proposal.n_draft
         step.signals, step.said = signals, self.calibrator.probabilities(signals)
         survival = survival_of(step.said)
         load, draft_ms, probed = step.load, self._draft_ms(drafting, signals), self._probed(plan, signals)
@@ -211,7 +244,7 @@ class AutoBudget:
         else:
             kept = early_stop(survival, load.rows, draft_ms, times)
         if self._admission is not None:
-            self._admission.remember(signals, survival, kept, self._steps, probed is not None)
+            self._admission.remember(signals, survival, self._steps, probed is not None)
         if probed is not None:
             row = signals.requests.index(probed)
             kept[row] = n_draft[row]
@@ -260,17 +293,20 @@ class AutoBudget:
     ) -> BudgetReport | None:
         propose_ms = phase_ms.get("propose", 0.0)
         step_ms = sum(phase_ms.values()) - propose_ms
-        if self._admission is not None:
+        if self._admission is not None and self._drafted_before is not None:
             self._admission.lesson.add(self._drafted_before, before_ms)
-        self._drafted_before = not self._resting and self._step.signals is not None
-        if self._resting and self._rest is not None:
+        step, load, kept, draft_ms = self._step, self._step.load, 0, 0.0
+        self._drafted_before = None if self._only_copies else step.signals is not None
+        if self._only_copies:
+            kept = sum([result.n_kept for result in results])
+            self._lookup_ms += _LOOKUP_GAIN * (min(propose_ms, _ODD_MS) - self._lookup_ms)
+        elif self._resting and self._rest is not None:
             return self._rest.add(step_ms)
-        step, load, kept, accepted, draft_ms = self._step, self._step.load, 0, 0, 0.0
-        if step.signals is not None and step.said is not None:  # else there were no drafts
+        elif step.signals is not None and step.said is not None:  # else there were no drafts
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
-            kept, accepted = int(n_kept.sum()), int(n_accepted.sum())
+            kept = int(n_kept.sum())
             self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
         passed = step.drafted
         if plan.ahead is not None:  # what was drafted in this step is for the next
@@ -283,27 +319,33 @@ class AutoBudget:
         plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
         if draft_ms:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
+        report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
         # Predicted: a process that was stopped for a minute earned nothing.
-        spent_ms = predicted_ms + draft_ms + self._learn_rest()
+        spent_ms = predicted_ms + draft_ms
+        if self._resting and self._rest is not None:
+            self._rest.add(None)
+        else:
+            spent_ms += self._learn_rest()
+            self._rest = self._rest_after(plan, report)
         self._full.earn(spent_ms)
         if self._admission is not None:
-            over_ms = 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0)
-            lost_ms = 0.0
-            if step.glance and step.probed is None:
-                lost_ms = max(predicted_ms - plain_ms[0] - accepted * plain_ms[1], 0.0)
-            self._admission.learn(spent_ms, step.looked_up, propose_ms, over_ms, lost_ms)
-        report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
-        if self._admission is not None:
-            self._rest = Rest.after(plan, load, report)
+            self._admission.learn(spent_ms, 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0))
         return report
+
+    def _rest_after(self, plan: Plan, report: BudgetReport) -> Rest | None:
+        if self._per_user or (self._admission is None and self.lookups is None):
+            return None
+        return Rest.after(plan, self._step.load, report)
 
     def _learn_rest(self) -> float:
         """From the steps since the last look, as one; what they were to take, together."""
         rest, self._rest = self._rest, None
-        if rest is None or not rest.steps:
+        if rest is None or not rest.plain_steps:
             return 0.0
         load = rest.load
-        return rest.steps * self.cost.observe_step(load.tokens, load.rows, load.context, rest.mean_ms, load.greedy)
+        return rest.plain_steps * self.cost.observe_step(
+            load.tokens, load.rows, load.context, rest.mean_ms, load.greedy
+        )
 
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""
@@ -339,21 +381,12 @@ class AutoBudget:
         )
 
 
-def _as_admitted(plan: Plan, admitted: Admitted) -> tuple[Row, ...]:
-    """The plan's rows, each as it may draft."""
-    if not admitted.drafting + admitted.looking:
-        return plan.bare
-    rows = list(plan.bare)
-    places: Sequence[int] = range(len(rows))
-    if len(plan.drafting) < len(rows):
-        places = [index for index, row in enumerate(plan.rows) if row.max_drafts > 0]
-    decided = zip(places, plan.drafting, admitted.costly.tolist(), admitted.lookup.tolist(), strict=True)
-    for index, row, drafts, looks in decided:
-        if drafts:
-            rows[index] = row
-        elif looks:
-            rows[index] = Row(row.request, row.start, row.length, row.samples, row.max_drafts, lookup_only=True)
-    return tuple(rows)
+def _with(plan: Plan, costly: Bools) -> tuple[Row, ...]:
+    """The plan's rows, of which those may draft for which this says so [rows that might]."""
+    decided = iter(costly.tolist())
+    return tuple(
+        [row if row.max_drafts > 0 and next(decided) else bare for row, bare in zip(plan.rows, plan.bare, strict=True)]
+    )
 
 
 def _context(rows: Sequence[Row]) -> int:

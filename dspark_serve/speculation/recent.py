@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_serve.speculation.budget import LEVELS, Drafted
-from dspark_serve.speculation.calibrate import DraftSignals, temperature_ranges
+from dspark_serve.speculation.calibrate import DraftSignals
 from dspark_serve.speculation.per_request import PerRequest
-from dspark_serve.types import Request
+from dspark_serve.types import Request, temperature_range
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -32,13 +32,13 @@ class Members:
 
     batch: tuple[Request, ...]  # [rows]
     requests: tuple[str, ...]  # [rows] their ids
-    ranges: Ints  # [rows] see temperature_ranges
+    ranges: Ints  # [rows] see temperature_range
     by_range: Mapping[int, slice | Ints]  # rows of each; mostly all are of one
     greedy: bool  # all of them
 
     @staticmethod
     def of(requests: tuple[Request, ...]) -> Members:
-        ranges = temperature_ranges([request.params.temperature for request in requests])
+        ranges = np.array([temperature_range(request.params.temperature) for request in requests], dtype=np.int64)
         found = sorted(set(ranges.tolist()))
         rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
         ids = tuple([request.request_id for request in requests])
@@ -122,13 +122,6 @@ class Recent:
                     # Beside another drafter's the arrays may be wider than any block of this one.
                     self._remember_all(level, blocks[n_draft == self.width, : self.width], weight)
                     self._remember_each(lines, _as_whole(blocks, n_draft), step)
-
-    def remember_whole(self, signals: DraftSignals, survival: Floats, step: int) -> None:
-        """The same where every row counts, and its block as a whole one."""
-        self.width = max(self.width, survival.shape[1])
-        for level, rows in signals.by_range.items():
-            self._remember_all(level, survival[rows], 1)
-        self._remember_each(self._own.lines(signals.requests), survival.sum(1), step)
 
     def _remember_all(self, level: int, blocks: Floats, weight: int) -> None:
         """Of whole blocks only: how the others would have gone on is not known."""

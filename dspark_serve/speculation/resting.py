@@ -17,18 +17,22 @@ _STEPS = HOLD - 1  # between two looks: for as long as what was decided at the l
 
 @dataclass
 class Rest:
-    """After a step of these requests, all of them decoding, in which nobody drafted."""
+    """After a step of these requests, all of them decoding, in which nobody drafted with a pass of a model. What they
+    copy is looked up and verified meanwhile."""
 
     requests: list[Request]
     load: Load  # that step's
     report: BudgetReport  # on that step
     steps: int = 0  # since then
-    took_ms: float = 0.0  # all of those
+    plain_steps: int = 0  # of those, the ones without drafts
+    took_ms: float = 0.0  # all of these
 
     @staticmethod
     def after(plan: Plan, load: Load, report: BudgetReport) -> Rest | None:
         """None if the step with `plan`, as it was admitted, is not one to rest after."""
-        if plan.drafting or plan.ahead or load.tokens != load.rows or not load.rows:
+        if plan.ahead or load.tokens != load.rows or not load.rows:
+            return None
+        if not all([row.lookup_only for row in plan.drafting]):
             return None
         return Rest([row.request for row in plan.rows], load, report)
 
@@ -40,12 +44,14 @@ class Rest:
             and all([row.length == 1 for row in plan.rows])
         )
 
-    def add(self, ms: float) -> BudgetReport:
-        """One more step, which took so long."""
+    def add(self, ms: float | None) -> BudgetReport:
+        """One more step, which took so long; None of one with drafts."""
         self.steps += 1
-        self.took_ms += ms
+        if ms is not None:
+            self.plain_steps += 1
+            self.took_ms += ms
         return self.report
 
     @property
     def mean_ms(self) -> float:
-        return self.took_ms / max(self.steps, 1)
+        return self.took_ms / max(self.plain_steps, 1)

@@ -78,6 +78,7 @@ def test_every_round_has_engines_of_its_own_with_what_those_before_learned() -> 
         assert engine.budget is before[name].budget
         assert engine.drafter is not before[name].drafter
         assert engine.drafter.acceptance is before[name].drafter.acceptance
+        assert engine.drafter.copies is before[name].drafter.copies
 
 
 def cell(same_text=True, **gains):

@@ -176,6 +176,17 @@ def test_rows_that_may_only_look_up_draft_where_a_lookup_did():
         assert proposal.n_draft == (count,)
 
 
+def test_lookups_of_a_recording_promise_what_they_said_then():
+    rounds = [simulation.Round(0, "head", 1, (0.9, 0.9)), simulation.Round(2, "ngram", 2, (0.9, 0.8, 0.7))]
+    drafts = simulation.TracedDrafts(simulation.Trace("head", 3, {"0": rounds}))
+    request = some_requests(1)[0]
+    head, copying, ended = (Row(request, start, 1, True, most) for start, most in ((9, 3), (11, 3), (11, 0)))
+    short = Row(request, 11, 1, True, 1)
+    assert drafts.promised([head, copying, ended, short], 0.5) == [(1, pytest.approx([0.9, 0.72, 0.504])), (3, [0.9])]
+    assert drafts.promised([head], 0.1) == []
+    assert drafts.promised([copying], 0.91) == []
+
+
 def test_the_simulated_engine_takes_the_steps_of_the_real_one():
     """Recorded on the real engine with a drafter that is right at times, replayed: equal step by step."""
     prompts = [[5, 6, 7, 8] * (2 + index) for index in range(5)]

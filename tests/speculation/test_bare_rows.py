@@ -12,7 +12,7 @@ from dspark_serve.cache.pages import PagePool
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams
-from tests.speculation.virtual_server import Server, budget, cheap, cost, drafting
+from tests.speculation.virtual_server import Repeats, Server, budget, cheap, cost, drafting
 
 REQUESTS = [Request(f"r{n}", (1, 2), SamplingParams(), seed=n) for n in range(4)]
 ROWS = st.builds(
@@ -63,8 +63,8 @@ class Watched(AutoBudget):
 
 def test_a_budget_hands_on_bare_rows_of_the_plan_at_hand() -> None:
     """Anchors move on from step to step, and some rows draft, look up or do neither."""
-    plain = budget(cost(cheap, drafting), lookup=True)
-    watched = Watched(plain.cost, plain.calibrator, drafter="head", costly="head", lookup=True)
+    plain = budget(cost(cheap, drafting))
+    watched = Watched(plain.cost, plain.calibrator, drafter="head", costly="head", lookups=Repeats(0.3))
     server = Server(watched, cheap, drafting, [0.9, 0.05, 0.02], found=0.3)
     server.run(150)
     assert watched.plans == 150

@@ -17,9 +17,8 @@ from dspark_serve.speculation.calibrate import (
     logit,
     sigmoid,
     stored_maps,
-    temperature_ranges,
 )
-from dspark_serve.types import GREEDY_TEMPERATURE
+from dspark_serve.types import GREEDY_TEMPERATURE, temperature_range
 
 WIDTH = 4
 HEAD = {
@@ -38,7 +37,7 @@ def signals(
     return DraftSignals(
         requests=tuple(f"r{row}" for row in range(rows)),
         kinds=kinds or ("head",) * rows,
-        ranges=temperature_ranges([temperature] * rows),
+        ranges=np.full(rows, temperature_range(temperature)),
         confidence=stated,
         largest=biggest,
         n_draft=np.full(rows, shape[1]),
@@ -77,8 +76,8 @@ def test_nothing_is_said_beyond_a_rows_drafts() -> None:
 
 
 def test_temperature_ranges() -> None:
-    found = temperature_ranges([0.0, GREEDY_TEMPERATURE, 0.1, 0.6, 0.7, 1.0, 1.5, 100.0])
-    assert found.tolist() == [0, 0, 1, 1, 2, 3, 4, 4]
+    found = [temperature_range(t) for t in (0.0, GREEDY_TEMPERATURE, 0.1, 0.6, 0.7, 1.0, 1.5, 100.0)]
+    assert found == [0, 0, 1, 1, 2, 3, 4, 4]
 
 
 class World:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,12 +53,11 @@ def test_they_go_to_the_rows_that_drafted():
 
 
 def test_lookups_beside_them_are_certain():
-    given, certain = drawn_from(1, 2), Proposal.from_lists([[3, 4, 0]])
-    parts = [Proposal(torch.tensor([[1, 2]]), (2,), probs) for probs in (given, given.probs())]
-    lazy, dense = (_merge(part, [1], certain, [0], ("ngram", "dspark"), np.full((2, 3), 0.5)) for part in parts)
+    given, certain = drawn_from(1, 2), Proposal.from_lists([[3, 4, 0]], confidence=[[0.5] * 3])
+    stated = torch.full((1, 2), 0.5)
+    parts = [Proposal(torch.tensor([[1, 2]]), (2,), probs, stated) for probs in (given, given.probs())]
+    lazy, dense = (_merge(part, [1], certain, [0], "dspark") for part in parts)
     assert torch.equal(lazy.draft_probs, dense.draft_probs)
-    alone = _merge(parts[0], [0], None, [], ("dspark",), np.full((1, 2), 0.5))
-    assert alone.draft_probs is given
 
 
 @pytest.mark.parametrize("top_k", [0, 5])

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,23 +17,22 @@ from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.speculation.recent import Members
 from dspark_serve.types import Plan, Request, Row, SamplingParams, SpeculationParams
-from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Server, budget, cheap, cost, dear, drafting, served
+from tests.speculation.virtual_server import WIDTH, Server, budget, cheap, cost, dear, drafting, served
 
 ROWS, STEPS = 8, 4000
 
 
 def allowances(made: AutoBudget) -> list[Allowance]:
-    """Of probes, glances and whole blocks: all that there are."""
+    """Of probes and whole blocks: all that there are."""
     held = [*vars(made).values(), *(vars(made._admission).values() if made._admission is not None else ())]
     return [value for value in held if isinstance(value, Allowance)]
 
 
 def settled(made: AutoBudget, step_ms: Callable[[int], float], rows: int = ROWS) -> Server:
-    """Nothing is worth drafting, finding or verifying here, and the budget has found that out."""
-    server = Server(made, step_ms, drafting, [0.02] * rows, noise=0.0, found=0.0)
+    """Nothing is worth drafting or verifying here, and the budget has found that out."""
+    server = Server(made, step_ms, drafting, [0.02] * rows, noise=0.0)
     server.run(200)
     server.drafted.clear()
-    server.looked_up.clear()
     server.kept.clear()
     return server
 
@@ -44,13 +42,12 @@ def ngram_only() -> AutoBudget:
 
 
 def test_all_shares_together_are_one_percent_at_most() -> None:
-    assert sum(each.share for each in allowances(budget(cost(cheap, drafting), lookup=True))) <= 0.01
+    assert sum(each.share for each in allowances(budget(cost(cheap, drafting)))) <= 0.01
 
 
 @pytest.mark.parametrize("step_ms", [cheap, dear])
-@pytest.mark.parametrize("lookup", [False, True])
-def test_experiments_take_no_more_than_their_shares(step_ms: Callable[[int], float], lookup: bool) -> None:
-    made = budget(cost(step_ms, drafting), lookup=lookup)
+def test_experiments_take_no_more_than_their_shares(step_ms: Callable[[int], float]) -> None:
+    made = budget(cost(step_ms, drafting))
     server = settled(made, step_ms)
     saved_ms = sum(each.saved_ms for each in allowances(made))
     began_ms = server.now_ms
@@ -62,7 +59,6 @@ def test_experiments_take_no_more_than_their_shares(step_ms: Callable[[int], flo
     most_ms = saved_ms + sum(each.share for each in allowances(made)) * took_ms
     assert made._admission is not None
     assert 0.8 * made._admission._probes.share * took_ms < spent_ms < 1.01 * most_ms  # and probes are made
-    assert (sum(server.looked_up) > 0) is lookup
 
 
 def test_whole_blocks_take_no_more_than_their_share_where_drafts_cost_nothing() -> None:
@@ -116,16 +112,6 @@ def test_all_rows_are_probed_by_turns() -> None:
     assert all(len(set(names[at : at + ROWS])) == ROWS for at in range(len(names) - ROWS))
 
 
-def test_glances_are_made_as_soon_as_they_are_saved_up() -> None:
-    made = budget(cost(cheap, drafting), lookup=True)
-    server = settled(made, cheap)
-    assert made._admission is not None
-    server.run(STEPS)
-    glances = [index for index, count in enumerate(server.looked_up) if count]
-    between = (LOOKING_MS + 0.01 / ROWS) * ROWS / (made._admission._glances.share * cheap(ROWS))
-    assert max(b - a for a, b in pairwise([0, *glances, STEPS])) <= 1.1 * between + HOLD
-
-
 def test_what_is_not_spent_is_not_hoarded() -> None:
     """An hour without an experiment does not buy an hour of them."""
     allowance = Allowance(0.01)
@@ -163,7 +149,7 @@ def test_probes_are_cheaper_the_nearer_drafting_comes_to_paying() -> None:
 
 @pytest.mark.parametrize(("rows", "ended", "asks"), [(16, 3, 0), (16, 5, 1), (3, 1, 1)])
 def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, asks: int) -> None:
-    server = served(dear, [0.02] * rows, found=0.0)
+    server = served(dear, [0.02] * rows)
     server.run(300)
     admission = server.budget._admission
     assert admission is not None
@@ -183,36 +169,17 @@ def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, a
         assert len(asked) == 1  # one row is not like sixteen
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_what_the_drafts_of_a_glance_lose_is_paid_from_the_glances(right: bool) -> None:
-    server = settled(made := budget(cost(cheap, drafting), lookup=True), cheap)
-    admission = made._admission
-    assert admission is not None
-    made._rest, admission._held = None, None  # it looks
-    admission._probes.saved_ms, admission._glances.saved_ms = -1e9, 1e3
-    server.found = 0.99
-    outcome = np.zeros if right else np.ones  # below the stated probability, or not
-    server.draw = SimpleNamespace(random=outcome, normal=lambda mean, spread, shape=(): np.zeros(shape))  # type: ignore[assignment]
-    server.step()
-    kept = sum(server.kept[-1])
-    assert server.looked_up[-1] == ROWS
-    assert kept >= ROWS
-    paid_ms = cheap(ROWS + kept) - cheap(ROWS)
-    left_ms = admission._glances.saved_ms
-    assert left_ms > 0 if right else left_ms == pytest.approx(-paid_ms, rel=0.1)
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("price", [cheap, dear])
-def test_what_is_ruled_out_at_a_glance_would_not_have_drafted(
+def test_what_is_ruled_out_at_first_sight_would_not_have_drafted(
     rows: int, price: Callable[[int], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weighing every row each time comes to the same, where drafting pays, nearly pays, and does not."""
 
-    def decisions(rate: float) -> tuple[list[int], list[int]]:
-        server = served(price, [rate] * rows, found=0.2)
+    def decisions(rate: float) -> list[int]:
+        server = served(price, [rate] * rows)
         server.run(400)
-        return server.drafted, server.looked_up
+        return server.drafted
 
     asked: list[bool] = []
     may_pay = admission._may_pay
@@ -232,7 +199,7 @@ def test_nothing_is_probed_where_the_best_drafts_would_not_pay(per_token_ms: flo
     def step_ms(tokens: int) -> float:
         return 10 + per_token_ms * tokens + (5.0 * 16 if probes else 0.0)
 
-    server = served(step_ms, [0.02] * 16, noise=0.0, found=0.0)
+    server = served(step_ms, [0.02] * 16, noise=0.0)
     server.run(200)
     server.drafted.clear()
     server.run(3000)
@@ -243,13 +210,12 @@ def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
     requests = [Request(f"r{place}", (1,), SamplingParams(), seed=0) for place in range(9)]
     members = [Members.of(tuple(requests[first : first + 8])) for first in (0, 1)]
     costly = np.array([True, False, True, True, True, True, False, True])
-    made = Admitted(costly, ~costly)
+    made = Admitted(costly)
     held = _Held(PerRequest(), members[0], 8, made, until=50)
     assert held.still(members[0], 8, 10) is made
     like = held.still(members[1], 8, 10)
     assert like is not None
     assert like.costly.tolist() == [*costly[1:].tolist(), True]  # the new row does what most do
-    assert like.lookup.tolist() == [*(~costly[1:]).tolist(), False]
     assert held.still(members[1], 8, 11) is like
     assert held.still(members[0], 8, 12).costly.tolist() == costly.tolist()  # type: ignore[union-attr]
     assert held.still(members[0], 8, 50) is None

@@ -1,4 +1,5 @@
-"""Rows that earn no pass of the drafter's model may look up: when they do, and when it is given up."""
+"""Rows that earn no pass of the drafter's model may copy: when they do, what is learned of it, and that it costs
+nothing where there is nothing to copy."""
 
 from __future__ import annotations
 
@@ -6,50 +7,144 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-from tests.speculation.virtual_server import Server, budget, cheap, cost, dear, drafting
+from dspark_serve.speculation.admission import HOLD
+from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.policies import AutoBudget
+from dspark_serve.tensors import Proposal
+from dspark_serve.types import Plan, Row
+from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Repeats, Server, budget, cheap, cost, dear, drafting
 
 
-def looking(found: float, step_ms: Callable[[int], float] = cheap, **options: object) -> Server:
-    return Server(budget(cost(step_ms, drafting), lookup=True), step_ms, drafting, [0.02] * 8, found=found, **options)  # type: ignore[arg-type]
+def copying(found: float, step_ms: Callable[[int], float] = cheap, **options: object) -> Server:
+    made = budget(cost(step_ms, drafting), lookups=Repeats(found))
+    return Server(made, step_ms, drafting, [0.02] * 8, found=found, **options)  # type: ignore[arg-type]
 
 
-def test_rows_that_earn_no_pass_look_up_where_that_pays() -> None:
-    server = looking(found=0.8)
+def lookup_alone(found: float, step_ms: Callable[[int], float], **options: object) -> Server:
+    calibrator = Calibrator("coupled", WIDTH, adaptive=frozenset({"ngram"}))
+    made = AutoBudget(
+        cost(step_ms, None),
+        calibrator,
+        drafter="ngram",
+        costly=None,
+        lookups=Repeats(found),
+        **options,  # type: ignore[arg-type]
+    )
+    return Server(made, step_ms, lambda rows: 0.0, [found] * 8, found=found)
+
+
+def without_probes(server: Server) -> Server:
+    admission = server.budget._admission  # type: ignore[union-attr]
+    assert admission is not None
+    admission._probes.share = 0.0
+    return server
+
+
+def test_rows_that_earn_no_pass_copy_where_that_pays() -> None:
+    server = copying(0.8)
     server.run(300)
     assert sum(server.drafted[-100:]) < 20
     assert np.mean(server.looked_up[-100:]) > 7.5
     assert np.mean([sum(kept) for kept in server.kept[-100:]]) > 8
 
 
+def test_a_lookup_without_a_head_copies_where_that_pays_and_not_elsewhere() -> None:
+    server = lookup_alone(0.8, cheap)
+    plain = 8 / cheap(8) * 1e3
+    assert server.run(100) > 1.5 * plain
+    assert lookup_alone(0.5, dear).run(100) == pytest.approx(8 / (dear(8) + 0.01) * 1e3, rel=0.02)
+
+
 @pytest.mark.parametrize(("found", "step_ms"), [(0.0, cheap), (0.5, dear)])
-def test_lookups_that_find_nothing_or_earn_nothing_are_given_up(found: float, step_ms: Callable[[int], float]) -> None:
-    server = looking(found, step_ms, noise=0.0)
+def test_what_finds_nothing_or_earns_nothing_costs_nothing(found: float, step_ms: Callable[[int], float]) -> None:
+    server = without_probes(copying(found, step_ms, noise=0.0))
     server.run(100)
     server.looked_up.clear()
-    now_ms, steps = server.now_ms, 1500
-    server.run(steps)
-    spent_ms = server.now_ms - now_ms - steps * (step_ms(8) + 0.01)
-    assert sum(server.looked_up) > 0
-    assert spent_ms < 0.015 * (server.now_ms - now_ms)  # looks, probes of the head, whole blocks: half a percent each
+    server.drafted.clear()
+    server.budget._full.share = 0.0
+    server.run(1500)
+    assert sum(server.looked_up) == sum(server.drafted) == 0
 
 
-def test_promises_below_the_hurdle_are_left_alone() -> None:
-    """With all drafts kept that pay, 8 rows would yield 2 % more: lookups are neither kept nor made for long."""
+def test_copies_that_begin_are_verified_in_that_very_step() -> None:
+    """Though the budget rests: it looks at nothing else meanwhile."""
+    server = without_probes(copying(0.0, noise=0.0))
+    server.run(200)
+    while not server.budget._resting:
+        server.step()
+    assert server.looked_up[-1] == 0
+    server.budget.lookups.found = server.found = 0.9
+    server.step()
+    assert server.budget._resting
+    assert server.looked_up[-1] == 8
+    assert sum(server.kept[-1]) == 8 * WIDTH
 
-    def step_ms(tokens: int) -> float:
-        return 10 + 10.0 * tokens
 
-    server = looking(0.93, step_ms, noise=0.0)
-    server.run(600)
-    assert sum(server.looked_up[:300]) > 0  # they were, until it was clear
-    assert sum(server.looked_up[300:]) < 0.3 * 8 * 300  # glances, which are cheap beside such steps
-    assert sum(map(sum, server.kept[300:])) < 0.05 * 8 * 300
+def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None:
+    """More than they were thought to, so that they stop paying."""
+    server = without_probes(copying(0.6, noise=0.0))
+
+    def run(steps: int) -> int:
+        """Every other text copies. How many were verified."""
+        server.looked_up.clear()
+        for step in range(steps):
+            server.budget.lookups.found = 0.6 * (step % 2)
+            server.step()
+        return sum(server.looked_up)
+
+    assert run(100) > 8 * 40
+    server.step_ms = lambda tokens: cheap(8) if tokens == 8 else 4 * cheap(tokens)
+    run(200)
+    assert run(100) < 0.1 * 8 * 50
 
 
-def test_lookups_that_begin_to_find_something_are_found_out() -> None:
-    server = looking(found=0.0)
-    server.run(300)
-    server.found = 0.9
-    server.run(600)
-    assert np.mean(server.looked_up[-50:]) > 6.5
+def test_steps_without_drafts_are_learned_as_one_beside_those_with() -> None:
+    server = without_probes(copying(0.0, noise=0.0))
+    server.run(200)
+    learned: list[float] = []
+    learn = server.budget._learn_rest
+    server.budget._learn_rest = lambda: learned.append(learn()) or learned[-1]
+    steps = 8 * HOLD
+    for step in range(steps):
+        server.budget.lookups.found = server.found = 0.9 * (step % 4 == 0)
+        server.step()
+    looks = len(learned)
+    plain = steps * 3 // 4 - looks  # a look is learned for itself
+    assert looks <= steps // HOLD + 1
+    assert sum(learned) == pytest.approx(plain * cheap(8), rel=0.15)
+
+
+def test_an_objective_per_user_sees_all_copies_there_are() -> None:
+    """So little is gained by them that they are left alone, but that much was asked for."""
+    plain = lookup_alone(0.77, dear)
+    plain.run(20)
+    assert sum(map(sum, plain.kept)) == 0
+    lifted = lookup_alone(0.77, dear, tokens_per_s_per_user=1.01 / dear(8) * 1e3)
+    lifted.run(20)
+    assert sum(map(sum, lifted.kept)) > 0
+
+
+def test_drafts_that_are_ready_are_not_taken_for_copies() -> None:
+    """Made at the end of the step before, for rows that it is decided meanwhile should not have drafted."""
+    server = copying(0.9, ahead=True)
+    server.run(60)
+    plan = server.budget.admit(Plan(tuple(Row(r, 99, 1, True, WIDTH) for r in server.requests)))
+    mixed = (Row(server.requests[0], 99, 1, True, WIDTH), *plan.rows[1:])
+    assert all(row.lookup_only for row in plan.rows[1:])
+    shape = (8, WIDTH)
+    proposal = Proposal(
+        torch.zeros(shape, dtype=torch.int64),
+        (WIDTH,) * 8,
+        confidence=torch.full(shape, 0.01),
+        drafters=("head", *["ngram"] * 7),
+    )
+    assert sum(server.budget.choose(Plan(plan.rows), proposal)) == 8 * WIDTH  # copies were weighed before
+    assert sum(server.budget.choose(Plan(mixed), proposal)) < 8  # these are weighed now
+
+
+def test_what_looking_up_takes_is_measured() -> None:
+    server = copying(0.9)
+    server.run(200)
+    assert server.budget._lookup_ms == pytest.approx(0.01 + 8 * LOOKING_MS, rel=0.05)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_serve.speculation.admission import LOOKUP, Admission
 from dspark_serve.speculation.budget import LEVELS, Drafted
-from dspark_serve.speculation.calibrate import DraftSignals, temperature_ranges
-from dspark_serve.speculation.cost import CostModel, Point, Profile
+from dspark_serve.speculation.calibrate import DraftSignals
 from dspark_serve.speculation.recent import Members, Recent
-from dspark_serve.types import Request, SamplingParams
+from dspark_serve.types import Request, SamplingParams, temperature_range
 
 WIDTH = 4
 
@@ -87,44 +85,10 @@ def test_members() -> None:
     requests = tuple(Request(f"r{t}", (1,), SamplingParams(temperature=t), seed=0) for t in (0.0, 1.0, 0.9, 0.0))
     members = Members.of(requests)
     assert members.requests == ("r0.0", "r1.0", "r0.9", "r0.0")
-    assert members.ranges.tolist() == temperature_ranges([0.0, 1.0, 0.9, 0.0]).tolist()
+    assert members.ranges.tolist() == [temperature_range(t) for t in (0.0, 1.0, 0.9, 0.0)]
     assert {level: np.arange(4)[rows].tolist() for level, rows in members.by_range.items()} == {
         0: [0, 3],
         2: [2],
         3: [1],
     }
     assert Members.of(requests[:1]).by_range == {0: slice(None)}
-
-
-@pytest.mark.parametrize(("kept", "worth"), [(0, 0.0), (4, 4 * 0.9)])
-def test_lookups_count_as_far_as_they_were_kept(kept: int, worth: float) -> None:
-    """What no step keeps is worth nothing there, whatever it promises."""
-    admission = Admission(CostModel(Profile((Point(1, 1, 0, 10.0),)), 64, 8), "head", lookup=True)
-    requests = tuple(Request(f"r{n}", (1,), SamplingParams(temperature=0.0), seed=n) for n in range(8))
-    signals = DraftSignals(
-        requests=tuple(request.request_id for request in requests),
-        kinds=(LOOKUP,) * 8,
-        ranges=np.zeros(8, dtype=np.int64),
-        confidence=None,
-        largest=None,
-        n_draft=np.full(8, 4),
-    )
-    for step in range(3):  # fewer blocks tell nothing yet
-        admission.remember(signals, np.full((8, 4), 0.9), np.full(8, kept), step, False)
-    _, gain, unknown = admission._found.expected(Members.of(requests), np.full(8, 4))
-    assert unknown is None
-    assert gain[:, 0].tolist() == pytest.approx([worth] * 8)
-
-
-def test_whole_blocks_of_all_drafters_by_temperature() -> None:
-    requests = tuple(
-        Request(f"r{n}", (1,), SamplingParams(temperature=t), seed=n) for n, t in enumerate([0.0, 1.0] * 4)
-    )
-    members, recent = Members.of(requests), Recent()
-    kinds = ("head", "ngram", "ngram", "head") * 2
-    signals = DraftSignals(members.requests, kinds, members.ranges, None, None, np.full(8, WIDTH))
-    blocks = np.where(members.ranges[:, None] == 0, 0.5, 0.25) * np.ones((8, WIDTH))
-    for step in range(1, 9):
-        recent.remember_whole(signals, blocks, step)
-    assert recent.whole(members, np.full(8, WIDTH)).tolist() == pytest.approx([0.5 * WIDTH, 0.25 * WIDTH] * 4)
-    assert recent.last_steps(members.requests).tolist() == [8.0] * 8

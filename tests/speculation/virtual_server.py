@@ -34,6 +34,19 @@ def budget(costs: CostModel, mode: VerifyMode = "coupled", **options: object) ->
 
 
 @dataclass
+class Repeats:
+    """Texts that copy themselves all the time, with one chance of being right; 0: never."""
+
+    found: float
+
+    def promised(self, rows: Sequence[Row], least: float) -> list[tuple[int, list[float]]]:
+        if self.found < least or not self.found:
+            return []
+        chances = [self.found**count for count in range(1, WIDTH + 1)]
+        return [(index, chances[: row.max_drafts]) for index, row in enumerate(rows) if row.max_drafts > 0]
+
+
+@dataclass
 class Server:
     """A machine and a drafter in virtual time: every row has a true rate of acceptance, and the drafter knows it."""
 
@@ -46,7 +59,7 @@ class Server:
     spread: float = 0.0  # of the drafter's confidence around the rate, in logits
     limit: int | None = None  # max_draft_tokens of the requests
     ending: frozenset[str] = frozenset()  # requests with room for one draft before they end
-    found: float = 0.5  # acceptance of what rows look up that may not draft otherwise; 0: they find nothing
+    found: float = 0.5  # acceptance of what rows copy that may not draft otherwise
     ahead: bool = False  # drafts are made at the end of the step before
     now_ms: float = 0.0
     tokens: int = 0
@@ -70,15 +83,13 @@ class Server:
         plan = self.early.admit(plan, self.budget) if self.ahead else self.budget.admit(plan)
         drafting = plan.drafting
         looking = [row.lookup_only for row in drafting]
-        rates = [
-            self.found or 0.5 if row.lookup_only else self.rates[int(row.request.request_id[1:])] for row in drafting
-        ]
+        rates = [self.found if row.lookup_only else self.rates[int(row.request.request_id[1:])] for row in drafting]
         logits = np.array([math.log(r / (1 - r)) for r in rates])[:, None]
         shape = (len(rates), width)
         confidence = 1 / (1 + np.exp(-logits - self.draw.normal(0, self.spread, shape))) if rates else np.zeros(shape)
         proposal = Proposal(
             torch.zeros(shape, dtype=torch.int64),
-            tuple(row.max_drafts if self.found or not row.lookup_only else 0 for row in drafting),
+            tuple(row.max_drafts for row in drafting),
             confidence=torch.from_numpy(confidence),
             drafters=tuple("ngram" if look else "head" for look in looking),
         )

@@ -1,0 +1,62 @@
+"""Drafts that take no pass of a model: what texts copy from themselves, and how much of it deserves verification.
+
+Known before anything is drafted and from committed tokens alone, so legal in every mode. Plain Python: it is asked in
+every step, mostly about nothing. Must not know: torch, how copies are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_serve.types import Row
+
+Floats = npt.NDArray[np.float64]
+Promised = Sequence[tuple[int, Sequence[float]]]
+
+MOST = 256  # drafts of a step
+_MARGIN = 0.1  # of what drafts add to a step: costs are known to a few percent
+
+
+class Lookups(Protocol):
+    def promised(self, rows: Sequence[Row], least: float) -> Promised:
+        """The rows, by index, that copy something, with the chances that the first 1, 2, ... tokens are all right, as
+        many as the row may draft. None of them unless one has at least this chance."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What steps with such drafts take, and so what the drafts must promise."""
+
+    base: int  # tokens that come out without drafts
+    times: Sequence[float]  # with 0, 1, ... drafts, looking them up included
+    least: float  # no drafts of a step pay unless the likeliest has at least this chance of being right
+
+    @staticmethod
+    def of(base: int, step_ms: Floats, lookup_ms: float) -> Prices:
+        """step_ms [n]: with 0, 1, ... drafts. lookup_ms: what a step with any takes besides."""
+        times = step_ms[0] + (1 + _MARGIN) * (step_ms - step_ms[0]) + lookup_ms
+        times[0] = step_ms[0]
+        # What the chances of so many drafts have to be in the mean for them to be worth their time.
+        each = (times[1:] / times[0] - 1) * base / np.arange(1, len(times))
+        return Prices(base, times.tolist(), float(each.min(initial=1.0)))
+
+    def worth(self, promised: Promised) -> list[tuple[int, int]]:
+        """The rows, by index, and how many drafts of each make expected tokens per second highest.
+
+        Ties go by slot, then by row. None of them where that is no more than without."""
+        drafts = sorted((-chance, slot, row) for row, chances in promised for slot, chance in enumerate(chances, 1))
+        expected, rate, best = float(self.base), self.base / self.times[0], 0
+        for count, (less, _, _) in enumerate(drafts[: len(self.times) - 1], 1):
+            expected -= less
+            if expected / self.times[count] > rate:
+                rate, best = expected / self.times[count], count
+        kept: dict[int, int] = {}
+        for _, slot, row in drafts[:best]:
+            kept[row] = slot  # chances fall along a row: its last is its highest slot
+        return sorted(kept.items())

@@ -1,0 +1,187 @@
+"""What a text copies, against a slow search of all of it; and how often such copies go on."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_serve.drafters.copies import _DECAY, _EVERY, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
+from dspark_serve.types import Request, Row, SamplingParams
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+
+
+def request_of(tokens, name="r", temperature=0.0):
+    request = Request(name, tuple(tokens), SamplingParams(temperature=temperature), seed=0)
+    request.token_ids = list(tokens)
+    return request
+
+
+def row_of(request, max_drafts=16):
+    return Row(request, len(request.token_ids) - 1, 1, True, max_drafts)
+
+
+class Slow:
+    """One text, read anew from its beginning every time."""
+
+    def __init__(self, tokens, shortest, longest, first):
+        """first: tokens that were there when it was first looked at."""
+        self.source = self.length = 0
+        self.outcomes = []  # (length, whether the copy went on)
+        for end in range(first, len(tokens) + 1):
+            if self.source:
+                went_on = tokens[self.source] == tokens[end - 1]
+                self.outcomes.append((self.length, went_on))
+                self.source, self.length = (self.source + 1, self.length + 1) if went_on else (0, 0)
+            if not self.source and end >= shortest:
+                run = tokens[end - shortest : end]
+                for place in range(end - 1, shortest - 1, -1):  # the latest first
+                    if tokens[place - shortest : place] == run:
+                        self.source, self.length = place, shortest
+                        while self.length < min(longest, place) and (
+                            tokens[place - self.length - 1] == tokens[end - self.length - 1]
+                        ):
+                            self.length += 1
+                        break
+
+    def copied(self, tokens, count):
+        endless = list(tokens)
+        for position in range(self.source, self.source + count) if self.source else ():
+            endless.append(endless[position])
+        return endless[len(tokens) :]
+
+
+@settings(deadline=None)
+@given(TOKENS, st.integers(1, 3), st.integers(0, 2), st.data())
+def test_like_a_slow_search_however_often_it_is_read(tokens, shortest, more, data):
+    copies = Copies(shortest, shortest + more)
+    stops = sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=1)))
+    request = request_of(tokens[: stops[0]])
+    for stop in stops:
+        request.token_ids = tokens[:stop]
+        slow = Slow(tokens[:stop], shortest, shortest + more, stops[0])
+        assert copies.tokens(request, 6) == slow.copied(tokens[:stop], 6)
+        odds = copies._texts["r"].odds
+        expected = expected_odds(slow.outcomes)
+        assert copies.chances(request, 3) == (
+            [pytest.approx(expected(slow.length + n)) for n in range(3)] if slow.source else []
+        )
+        assert sum(odds.tried) >= _GUESSED  # read once each: a second look changes nothing
+        assert copies.chances(request, 3) == copies.chances(request, 3)
+
+
+def place_of(length):
+    return max(place for place, least in enumerate(_LENGTHS) if length >= least)
+
+
+def expected_odds(outcomes):
+    def chance(length):
+        tried, right = _GUESSED, _GUESSED * _FIRST_GUESS[place_of(length)]
+        for other, went_on in outcomes:
+            if place_of(other) == place_of(length):
+                tried, right = _DECAY * tried + 1, _DECAY * right + went_on
+        return min(right / tried, 0.99)
+
+    return chance
+
+
+def test_a_copy_is_stuck_to_while_it_goes_on():
+    text = [1, 2, 3, 4, 5, 9, 2, 3, 4, 6, 9, 9, 1, 2, 3]
+    copies, request = Copies(2, 5), request_of(text)
+    assert copies.tokens(request, 2) == [4, 6]  # 2 3 occurred last before 4 6
+    assert len(copies.chances(request, 2)) == 2
+    copies, request = Copies(3, 5), request_of(text)
+    assert copies.tokens(request, 2) == [4, 5]
+    request.token_ids += [4]
+    assert copies.tokens(request, 2) == [5, 9]  # 2 3 4 occurred later, before 6
+    request.token_ids += [6]
+    assert copies.tokens(request, 2) == [9, 9]  # it did not go on; so does 3 4 6
+
+
+def test_the_first_look_is_the_same_as_if_it_had_been_followed():
+    """But for what was learned: nobody drafts for a prompt, and how its copies went on is no answer's way."""
+    text = [1, 2, 3, 4] * 3
+    copies = Copies(2, 5)
+    request = request_of(text)
+    assert copies.tokens(request, 3) == [1, 2, 3]
+    odds = copies._texts["r"].odds
+    assert odds.tried == [_GUESSED] * len(_LENGTHS)
+
+
+def test_copies_that_nobody_drafts_tell_how_often_they_go_on():
+    copies = Copies(2, 5)
+    right, wrong = request_of([1, 2, 3] * 20, "right"), request_of(range(50), "wrong", temperature=1.0)
+    for token in [1, 2, 3] * 40:
+        right.token_ids.append(token)
+        copies.promised([row_of(right)], 0.5)
+    for _ in range(60):
+        wrong.token_ids += [3, 4]
+        copies.promised([row_of(wrong)], 0.5)
+        wrong.token_ids += [99 + len(wrong.token_ids)]  # never what followed
+        copies.promised([row_of(wrong)], 0.5)
+    # A text as hot as the second, and one as cold as the first, not seen before.
+    hot, cold = request_of([7, 8, 9, 7, 8], "hot", temperature=1.0), request_of([7, 8, 9, 7, 8], "cold")
+    assert copies.chances(hot, 1)[0] < 0.15
+    assert copies.chances(cold, 1)[0] == _FIRST_GUESS[1]  # those that went on had gone on for long already
+    assert copies.chances(right, 1)[0] == 0.99
+
+
+def test_what_is_promised():
+    copies = Copies(2, 5)
+    copying, alone = request_of([1, 2, 3, 4, 1, 2], "copying"), request_of(range(9), "alone")
+    chances = copies.chances(copying, 3)
+    survival = [chances[0], chances[0] * chances[1], chances[0] * chances[1] * chances[2]]
+    rows = [row_of(alone), row_of(copying, 3), row_of(copying, 0), row_of(copying, 1)]
+    everything = [(1, pytest.approx(survival)), (3, survival[:1])]
+    assert copies.promised(rows, survival[0]) == everything
+    assert copies.promised(rows, 1.01 * survival[0]) == []
+    assert copies.promised(rows[:1], 0.0) == []
+    slight = copies.promised([row_of(copying, 99)], 0.0)[0][1]
+    assert slight[-1] > 0.05 > slight[-1] * copies.chances(copying, len(slight) + 1)[-1]
+
+
+def test_where_only_what_has_gone_on_for_long_is_of_use_few_texts_are_looked_at(monkeypatch):
+    copies, looks = Copies(2, 5), []
+    read = copies._read
+    monkeypatch.setattr(copies, "_read", lambda request: looks.append(request.request_id) or read(request))
+    texts = [request_of(range(100 * n, 100 * n + 9), str(n)) for n in range(8)]
+    rows = [row_of(text) for text in texts]
+    copies.promised(rows, 0.3)
+    assert len(looks) == 8
+    looks.clear()
+    for _ in range(_EVERY):
+        copies.promised(rows, 0.9)
+    assert sorted(looks) == sorted(text.request_id for text in texts)
+    texts[3].token_ids += [300, 301]  # from now on it copies
+    for _ in range(_EVERY):
+        copies.promised(rows, 0.9)
+    looks.clear()
+    copies.promised(rows, 0.9)
+    assert "3" in looks
+    assert len(looks) <= 3
+    copies.release("3")
+    assert not copies._copying
+
+
+def test_a_text_that_was_never_looked_at_while_it_grew_is_read_in_one_go():
+    late, always = Copies(2, 5), Copies(2, 5)
+    request = request_of([5, 6, 7, 5, 6])
+    late.promised([row_of(request)], 0.9)
+    for token in (7, 5, 6, 7, 8, 5, 6, 7):
+        request.token_ids.append(token)
+        always.promised([row_of(request)], 0.9)
+    late.promised([row_of(request)], 0.9)
+    fresh = Copies(2, 5)
+    assert late.tokens(request, 4) == always.tokens(request, 4) == fresh.tokens(request, 4)
+
+
+def test_release_forgets_so_a_reused_id_starts_afresh():
+    copies = Copies(2, 5)
+    assert copies.tokens(request_of([1, 2, 3, 1, 2]), 2) == [3, 1]
+    copies.release("r")
+    copies.release("never seen")
+    assert copies.tokens(request_of([4, 5, 6, 1, 2]), 2) == []
+
+
+def test_lookup_bounds_are_checked():
+    with pytest.raises(ValueError, match="prompt_lookup_min"):
+        Copies(3, 2)
