@@ -4,9 +4,9 @@ Every arm is an engine of its own, of the same weights. They take turns of some 
 while it works, so that a machine that slows down slows down all of them. Where in memory an engine happens to lie makes
 its steps up to two percent longer or shorter, so every round has engines of its own, built in another order; they begin
 with what those before have learned. All serve the same requests, so texts are compared as well: every other one greedy,
-the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in length, and a round ends while the
-load is still steady: where no further request is there to start. Prompts: a directory of JSON lines with "turns", else
-the sample here.
+the rest at T=1 (hostile: all at 1.5), or all greedy with --greedy. Answers differ in length and do not end together: in
+lockstep many prompts would share a step, as no server sees them. A round ends while the load is still steady: where no
+further request is there to start. Prompts: a directory of JSON lines with "turns", else the sample here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SETS = ("gsm8k", "humaneval", "mt-bench")
 NONE, FULL, AUTO = "none", "full", "budget"
 _TURN_S = 0.12  # some steps: what an engine finds in the caches is mostly its own, as on a server
 _numbers = itertools.count()  # of requests
-_LENGTHS = (4, 2, 5, 3, 6)  # of answers, in quarters of the mean
+_GOLDEN = 0.618034  # answers are of half to one and a half times the mean length, and no two that meet end together
 _FEWEST = 12  # requests of a round
 _WARM_TOKENS = 8
 _ROUNDS = {True: 2, False: 3}  # by whether it is to be quick
@@ -185,6 +185,7 @@ class Arms:
             if isinstance(engine.drafter, PortfolioDrafter)
         }
         self.engines.clear()
+        gc.unfreeze()
         gc.collect()  # before the new ones need the memory
         made = {name: self._engine(self._arms[name]) for name in draw.sample(list(self._arms), len(self._arms))}
         for name, engine in made.items():
@@ -192,6 +193,8 @@ class Arms:
             if isinstance(engine.drafter, PortfolioDrafter):
                 engine.drafter.take_over(*known[name])
         self.engines = {name: made[name] for name in self._arms}
+        gc.collect()
+        gc.freeze()  # as the server does: a collection of everything takes a tenth of a second of some arm's time
 
     def serve_all(
         self, items: list[Item], arrivals_s: list[float], most: int, draw: random.Random, drain: bool = True
@@ -218,7 +221,7 @@ class Workload:
 
     def _item(self, number: int) -> Item:
         turn, place = divmod(number, len(self.prompts))
-        length = self.new_tokens * _LENGTHS[number % len(_LENGTHS)] // 4
+        length = round(self.new_tokens * (0.5 + number * _GOLDEN % 1))
         return Item(self.prompts[place], self.temperatures[(turn + place) % 2], length, number)
 
 

@@ -86,11 +86,13 @@ class Copies:
         """The rows, by index, that copy something, with the chances that the first 1, 2, ... tokens are all right, as
         many as the row may draft. None of them unless one has at least this chance."""
         found: list[tuple[int, list[float]]] = []
-        every, self._turn = _EVERY if least > _HIGH else 1, self._turn + 1
-        best = 0.0
+        self._turn += 1
+        everyone, best = least <= _HIGH or self._turn % _EVERY == 0, 0.0
+        if not everyone and not self._copying:
+            return found
         for index, row in enumerate(rows):
             name = row.request.request_id
-            if row.max_drafts <= 0 or ((index + self._turn) % every and name not in self._copying):
+            if row.max_drafts <= 0 or not (everyone or name in self._copying):
                 continue
             text = self._read(row.request)
             if not text.source:

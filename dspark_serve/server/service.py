@@ -6,6 +6,7 @@ Must not know: HTTP responses, tensors; how tokens are made.
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 import uuid
@@ -43,7 +44,12 @@ def load(config: Config) -> Loaded:
     # One after the other: Transformers replaces its own module while it is imported, and a second thread that imports
     # it then is left with the empty first one. In a new container, whose files are read slowly, that ended the start.
     tokenizer = Tokenizer.load(resolved.path, model.chat_template, model.trust_remote_code)
-    return build_engine(config, resolved), tokenizer
+    engine = build_engine(config, resolved)
+    # Python looks through all objects every now and then. Those of torch and Transformers, which stay as long as the
+    # server does, take it a tenth of a second, between two tokens.
+    gc.collect()
+    gc.freeze()
+    return engine, tokenizer
 
 
 class Service:

@@ -7,7 +7,7 @@ drafters, what becomes of this step's drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -59,9 +59,14 @@ class Load:
         keys_per_draft = context / max(count, 1)
         return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
 
+    @property
+    def decoding(self) -> Load:
+        """The same once all have read their prompts."""
+        return replace(self, tokens=self.rows)
+
     def like(self, other: Load) -> bool:
         """Whether they differ in no more than how far the rows have come."""
-        return (self.tokens, self.rows, self.greedy) == (other.tokens, other.rows, other.greedy)
+        return (self.rows, self.greedy) == (other.rows, other.greedy)
 
     def plain_ms(self, cost: CostModel) -> float:
         """The first of `times`."""

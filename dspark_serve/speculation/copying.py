@@ -34,13 +34,13 @@ class Prices:
     """What steps with such drafts take, and so what the drafts must promise."""
 
     base: int  # tokens that come out without drafts
-    times: Sequence[float]  # with 0, 1, ... drafts, looking them up included
+    times: Sequence[float]  # with 0, 1, ... drafts, and whatever else they must be worth
     least: float  # no drafts of a step pay unless the likeliest has at least this chance of being right
 
     @staticmethod
-    def of(base: int, step_ms: Floats, lookup_ms: float) -> Prices:
-        """step_ms [n]: with 0, 1, ... drafts. lookup_ms: what a step with any takes besides."""
-        times = step_ms[0] + (1 + _MARGIN) * (step_ms - step_ms[0]) + lookup_ms
+    def of(base: int, step_ms: Floats, over_ms: float) -> Prices:
+        """step_ms [n]: with 0, 1, ... drafts. over_ms: what any must save besides the time that they take."""
+        times = step_ms[0] + (1 + _MARGIN) * (step_ms - step_ms[0]) + over_ms
         times[0] = step_ms[0]
         # What the chances of so many drafts have to be in the mean for them to be worth their time.
         each = (times[1:] / times[0] - 1) * base / np.arange(1, len(times))

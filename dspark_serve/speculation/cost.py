@@ -24,6 +24,7 @@ Ints = npt.NDArray[np.int64]
 _EXACT = 64  # counts up to here have a bucket each, so that a cliff stays where it is
 _BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
 _WINDOW = 15  # measurements whose median is the machine's present slowdown
+_TOGETHER = 8  # steps that were measured together count as no more than so many: all may have been disturbed
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 # The first measurements of a bucket count for more, the n-th for 1 / (n + this), but not for much: what looks cheapest
 # is chosen, so every count that is underestimated by chance is found.
@@ -152,14 +153,14 @@ class _Curve:
             return base
         return base * float(learned.factor[count]) * math.exp(self._by_context.get(key, 0.0))
 
-    def correct(self, count: int, key: tuple[int, int], error: float, gain: float) -> None:
-        """error: logarithm of measured over predicted time."""
+    def correct(self, count: int, key: tuple[int, int], error: float, gain: float, times: int = 1) -> None:
+        """error: logarithm of measured over predicted time, the same in so many measurements."""
         error = min(max(error, -_CLIP), _CLIP)
         learned = self._by_count.get(key[0])
         if learned is None:
             learned = self._by_count[key[0]] = _Factors(self._bucket)
-        learned.change(min(count, len(self._bucket) - 1), error, gain)
-        change = _CONTEXT_GAIN * gain * error
+        learned.change(min(count, len(self._bucket) - 1), error, gain, times)
+        change = (1 - (1 - _CONTEXT_GAIN * gain) ** times) * error
         self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
 
 
@@ -172,11 +173,11 @@ class _Factors:
         self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
         self._seen = [0] * (self._bucket[-1] + 1)  # measurements of each bucket
 
-    def change(self, count: int, error: float, gain: float) -> None:
-        """Move the correction of this count's bucket by a part of the error, in logarithms."""
+    def change(self, count: int, error: float, gain: float, times: int) -> None:
+        """Move the correction of this count's bucket by a part of the error, in logarithms, so many times."""
         bucket = self._bucket[count]
-        change = max(gain, 1 / (self._seen[bucket] + _FIRST)) * error
-        self._seen[bucket] += 1
+        change = (1 - (1 - max(gain, 1 / (self._seen[bucket] + _FIRST))) ** times) * error
+        self._seen[bucket] += times
         moved = min(max(math.log(self.factor[count]) + change, -_LIMIT), _LIMIT)
         self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
 
@@ -243,9 +244,17 @@ class CostModel:
         return curve
 
     def observe_step(
-        self, tokens: int, rows: int, context: int, ms: float, greedy: bool = False, draft_keys: float = 0.0
+        self,
+        tokens: int,
+        rows: int,
+        context: int,
+        ms: float,
+        greedy: bool = False,
+        draft_keys: float = 0.0,
+        times: int = 1,
     ) -> float:
-        """A step took `ms`, drafting not included. Returns what it was expected to take: step_ms until now."""
+        """A step took `ms`, drafting not included, or so many steps did, mostly. Returns what one was expected to take:
+        step_ms until now."""
         key, curve = _step_key(rows, context), self._steps[greedy]
         usual_ms = curve.time(tokens, rows, context + draft_keys, key)
         expected_ms = usual_ms * self.slowdown
@@ -254,8 +263,9 @@ class CostModel:
             self._noise += _GAIN * (min(abs(ratio - self._slowdown), 1.0) - self._noise)
             # What the common part did not explain is the bucket's own. Before this step has a say in the common part:
             # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.
-            curve.correct(tokens, key, ratio - self._slowdown, _GAIN)
-            self._recent.append(ratio)
+            times = min(times, _TOGETHER)
+            curve.correct(tokens, key, ratio - self._slowdown, _GAIN, times)
+            self._recent.extend([ratio] * times)
             self._slowdown = statistics.median(self._recent)
         return expected_ms
 

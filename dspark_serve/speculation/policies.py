@@ -6,6 +6,7 @@ draft of a step is, in rejection mode, never that draft nor anything behind it.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -208,8 +209,9 @@ class AutoBudget:
 
     def _prices_of(self, load: Load) -> Prices:
         if self._prices is None or self._steps >= self._prices[1] or not load.like(self._prices[0]):
-            times = load.times(self.cost, MOST)
-            self._prices = load, self._steps + HOLD, Prices.of(load.rows, times, self._lookup_ms)
+            times = load.decoding.times(self.cost, MOST)
+            over_ms = self._lookup_ms + HURDLE * float(times[0])
+            self._prices = load, self._steps + HOLD, Prices.of(load.rows, times, over_ms)
         return self._prices[2]
 
     def _who(self, rows: tuple[Row, ...]) -> Members:
@@ -340,12 +342,11 @@ class AutoBudget:
     def _learn_rest(self) -> float:
         """From the steps since the last look, as one; what they were to take, together."""
         rest, self._rest = self._rest, None
-        if rest is None or not rest.plain_steps:
+        if rest is None or not rest.plain_ms:
             return 0.0
-        load = rest.load
-        return rest.plain_steps * self.cost.observe_step(
-            load.tokens, load.rows, load.context, rest.mean_ms, load.greedy
-        )
+        load, times = rest.load, len(rest.plain_ms)
+        at = load.tokens, load.rows, load.context, statistics.median(rest.plain_ms), load.greedy
+        return times * self.cost.observe_step(*at, times=times)
 
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""

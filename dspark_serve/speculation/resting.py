@@ -7,7 +7,7 @@ Must not know: torch, what a look is for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dspark_serve.speculation.admission import HOLD, Load
 from dspark_serve.types import BudgetReport, Plan, Request
@@ -24,8 +24,7 @@ class Rest:
     load: Load  # that step's
     report: BudgetReport  # on that step
     steps: int = 0  # since then
-    plain_steps: int = 0  # of those, the ones without drafts
-    took_ms: float = 0.0  # all of these
+    plain_ms: list[float] = field(default_factory=list)  # what each of those took in which nothing was drafted
 
     @staticmethod
     def after(plan: Plan, load: Load, report: BudgetReport) -> Rest | None:
@@ -48,10 +47,5 @@ class Rest:
         """One more step, which took so long; None of one with drafts."""
         self.steps += 1
         if ms is not None:
-            self.plain_steps += 1
-            self.took_ms += ms
+            self.plain_ms.append(ms)
         return self.report
-
-    @property
-    def mean_ms(self) -> float:
-        return self.took_ms / max(self.plain_steps, 1)

@@ -95,8 +95,8 @@ def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None
         return sum(server.looked_up)
 
     assert run(100) > 8 * 40
-    server.step_ms = lambda tokens: cheap(8) if tokens == 8 else 4 * cheap(tokens)
-    run(200)
+    server.step_ms = lambda tokens: cheap(8) if tokens == 8 else 2 * cheap(tokens)
+    run(400)
     assert run(100) < 0.1 * 8 * 50
 
 

@@ -16,9 +16,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     observe = CostModel.observe_step
 
-    def watched(self: CostModel, tokens: int, rows: int, context: int, ms: float, *rest: float) -> float:
+    def watched(self: CostModel, tokens: int, rows: int, context: int, ms: float, *rest: float, **more: int) -> float:
         found.append(ms)
-        return observe(self, tokens, rows, context, ms, *rest)  # type: ignore[arg-type]
+        return observe(self, tokens, rows, context, ms, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CostModel, "observe_step", watched)
     return found
