@@ -14,7 +14,6 @@ from operator import mul
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_serve.drafters.base import AheadDrafter
@@ -117,20 +116,20 @@ class PortfolioDrafter:
         chances = [self._ngram.chances(row) for row in rows]
         requests = [row.request.request_id for row in rows]
         looks = [row.lookup_only for row in rows]
-        if all(looks):
-            self._pending = []
-            names = (LOOKUP,) * len(rows)
-            return replace(Proposal.from_lists(copied, confidence=chances), drafters=names)
-        if any(copied):
+        if any(copied) and not all(looks):
             looks = self._better_copied(rows, requests, chances)
         self._pending = [None if look else request for request, look in zip(requests, looks, strict=True)]
         if not any(looks):
             return self._drawn(rows, requests, ready)
         neural = [index for index, look in enumerate(looks) if not look]
-        looked_up = [index for index, look in enumerate(looks) if look]
-        drawn = self._drawn([rows[i] for i in neural], [requests[i] for i in neural], ready) if neural else None
-        found = Proposal.from_lists([copied[i] for i in looked_up], confidence=[chances[i] for i in looked_up])
-        return _merge(drawn, neural, found, looked_up, self._head_name)
+        found = Proposal.from_lists(
+            [drafts if look else () for drafts, look in zip(copied, looks, strict=True)],
+            confidence=[mine if look else () for mine, look in zip(chances, looks, strict=True)],
+        )
+        if not neural:
+            return replace(found, drafters=(LOOKUP,) * len(rows))
+        drawn = self._drawn([rows[index] for index in neural], [requests[index] for index in neural], ready)
+        return _merge(drawn, neural, found, self._head_name)
 
     def _drawn(self, rows: Sequence[Row], requests: Sequence[str], ready: Ready | None) -> Proposal:
         """The head's drafts, with what is known of their acceptance where it says nothing itself."""
@@ -193,50 +192,42 @@ class _Judged:
     verdict: Verdict
 
 
-def _device(proposal: Proposal | None) -> torch.device:
-    return torch.device("cpu") if proposal is None else proposal.tokens.device
-
-
-def _merge(
-    drawn: Proposal | None, neural: Sequence[int], copied: Proposal, looked_up: Sequence[int], head_name: str
-) -> Proposal:
-    """One proposal for all rows. Where the head's drafts have probabilities, those of a lookup are one-hot."""
-    parts = [(copied, looked_up)] if drawn is None else [(drawn, neural), (copied, looked_up)]
-    rows, width = len(neural) + len(looked_up), max(part.tokens.shape[1] for part, _ in parts)
-    device = _device(drawn)
-    # Made ahead: the budget has what the head says of its drafts on the host by now, and should find all of it there.
-    said = device if drawn is None or drawn.largest is None else drawn.largest.device
-    tokens = torch.full((rows, width), -1, dtype=torch.int64, device=device)
-    confidence, largest = torch.zeros((2, rows, width), device=said)
-    n_draft, names = [0] * rows, [LOOKUP] * rows
-    for part, index in parts:
-        columns, at = part.tokens.shape[1], np.array(index, dtype=np.int64)
-        (place,), (told,) = to_device(device, at), to_device(said, at)
-        tokens[place, :columns] = part.tokens.to(device, non_blocking=True)
-        for row, count in zip(index, part.n_draft, strict=True):
-            n_draft[row] = count
-        assert part.confidence is not None
-        confidence[told, :columns] = part.confidence.to(said, non_blocking=True)
-        if part.largest is not None:
-            largest[told, :columns] = part.largest
-    for row in neural:
-        names[row] = head_name
-    probs = None if drawn is None else drawn.draft_probs
+def _merge(drawn: Proposal, neural: Sequence[int], found: Proposal, head_name: str) -> Proposal:
+    """The head's drafts for rows `neural`, and what was found for the others, on the host. Where the head's drafts have
+    probabilities, those of a lookup are one-hot."""
+    rows, size, columns = len(found.n_draft), found.tokens.shape[1], drawn.tokens.shape[1]
+    device, said = drawn.tokens.device, drawn.tokens.device
+    if drawn.largest is not None:
+        # Made ahead: the budget has what the head says of them on the host by now, and should find all of it there.
+        said = drawn.largest.device
+    others = [index for index in range(rows) if index not in set(neural)]
+    assert found.confidence is not None
+    wide = ((0, 0), (0, max(columns - size, 0)))
+    tables = np.pad(found.tokens.numpy(), wide, constant_values=-1), np.pad(found.confidence.numpy(), wide)
+    tokens, confidence, place, rest = to_device(device, *tables, np.array(neural), np.array(others))
+    told = place
+    if said != device:
+        confidence, told = torch.from_numpy(tables[1]), torch.from_numpy(np.array(neural))
+    tokens[place, :columns] = drawn.tokens
+    assert drawn.confidence is not None
+    confidence[told, :columns] = drawn.confidence
+    largest = torch.zeros_like(confidence)
+    if drawn.largest is not None:
+        largest[told, :columns] = drawn.largest
+    n_draft, names = list(found.n_draft), [LOOKUP] * rows
+    for row, count in zip(neural, drawn.n_draft, strict=True):
+        n_draft[row], names[row] = count, head_name
+    probs = drawn.draft_probs
     if probs is not None:
-        places = to_device(device, *[np.array(index, dtype=np.int64) for index in (neural, looked_up)])
-        probs = _with_certain(probs, places[0], copied, places[1], rows, width)
+        probs = _with_certain(probs, place, tokens, rest)
     return Proposal(tokens, tuple(n_draft), probs, confidence, tuple(names), largest)
 
 
-def _with_certain(
-    drawn: DraftProbs, neural: Tensor, copied: Proposal, looked_up: Tensor, rows: int, width: int
-) -> Tensor:
-    """The head's probabilities, written out, and one-hot ones of lookups: [rows, width, vocab]."""
+def _with_certain(drawn: DraftProbs, neural: Tensor, tokens: Tensor, others: Tensor) -> Tensor:
+    """The head's probabilities, written out, and one-hot ones of the other rows of tokens: [rows, width, vocab]."""
     drawn = drawn.probs() if isinstance(drawn, DraftLogits) else drawn
-    probs = drawn.new_zeros((rows, width, drawn.shape[-1]))
+    probs = drawn.new_zeros((*tokens.shape, drawn.shape[-1]))
     probs[neural, : drawn.shape[1]] = drawn
-    certain = F.pad(copied.tokens.to(probs.device, non_blocking=True), (0, width - copied.tokens.shape[1])).clamp(
-        min=0
-    )  # [lookups, width]
-    probs[looked_up] = torch.zeros_like(probs[looked_up]).scatter_(-1, certain.unsqueeze(-1), 1.0)
+    certain = tokens[others].clamp(min=0)  # [others, width]
+    probs[others] = torch.zeros_like(probs[others]).scatter_(-1, certain.unsqueeze(-1), 1.0)
     return probs

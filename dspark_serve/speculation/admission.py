@@ -31,7 +31,8 @@ _PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, t
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
 _AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
-HOLD = 32  # steps that a decision holds for while the rows are the same
+HOLD = 64  # steps that a decision holds for while the rows are the same, if nobody is to draft;
+_HOLD_ONE, _HOLD_SEVERAL = 32, 16  # if one row is, or several: their blocks soon say whether that was right
 _ALIKE = 4  # it holds, too, while no more than one row in so many came or went
 _LESSON_GAIN = 0.05
 _ODD_MS = 5.0
@@ -215,8 +216,7 @@ class Admission:
             admitted = Admitted(self._worth(members, limits, load, context))
         else:
             admitted = Admitted(np.zeros(len(rows), dtype=np.bool_))
-        # Several rows that draft have made blocks enough by half of that to say whether it was right that they do.
-        hold = HOLD // 2 if admitted.drafting > 1 else HOLD
+        hold = (HOLD, _HOLD_ONE, _HOLD_SEVERAL)[min(admitted.drafting, 2)]
         self._held = _Held(self._own, members, load.rows, admitted, step + hold)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
 

@@ -316,6 +316,7 @@ class AutoBudget:
         if passed[0]:
             draft_ms = self.cost.draft_ms(*passed, load.greedy)
         plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
+        rested_ms = self._learn_rest()  # in the order in which they were: what is slow now was slow then, or it was not
         at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
         plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
@@ -323,11 +324,10 @@ class AutoBudget:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
         report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
         # Predicted: a process that was stopped for a minute earned nothing.
-        spent_ms = predicted_ms + draft_ms
+        spent_ms = predicted_ms + draft_ms + rested_ms
         if self._resting and self._rest is not None:
             self._rest.add(None)
         else:
-            spent_ms += self._learn_rest()
             self._rest = self._rest_after(plan, report)
         self._full.earn(spent_ms)
         if self._admission is not None:
@@ -340,13 +340,14 @@ class AutoBudget:
         return Rest.after(plan, self._step.load, report)
 
     def _learn_rest(self) -> float:
-        """From the steps since the last look, as one; what they were to take, together."""
-        rest, self._rest = self._rest, None
+        """From the steps without drafts that it rested through, as one; what they were to take, together."""
+        rest = self._rest
         if rest is None or not rest.plain_ms:
             return 0.0
-        load, times = rest.load, len(rest.plain_ms)
-        at = load.tokens, load.rows, load.context, statistics.median(rest.plain_ms), load.greedy
-        return times * self.cost.observe_step(*at, times=times)
+        load, times, ms = rest.load, len(rest.plain_ms), statistics.median(rest.plain_ms)
+        rest.plain_ms.clear()
+        context = load.context + rest.steps * load.rows
+        return times * self.cost.observe_step(load.tokens, load.rows, context, ms, load.greedy, times=times)
 
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dspark_serve.drafters.base import DrafterPlan
+from dspark_serve.drafters.copies import Copies
 from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.portfolio import PortfolioDrafter
 from dspark_serve.training.anchors import Passage
@@ -69,10 +70,7 @@ def measured(model, prompts, tmp_path_factory):
 
 
 def portfolio_that_always_looks_up(monkeypatch):
-    def choose(self, rows, lines, kinds, counts):
-        return np.where(counts > 0, kinds, 0)
-
-    monkeypatch.setattr(PortfolioDrafter, "_choose", choose)
+    monkeypatch.setattr(PortfolioDrafter, "_better_copied", lambda self, rows, requests, chances: [*map(bool, chances)])
     return plan_named("portfolio")
 
 
@@ -145,33 +143,25 @@ def rows_of(engine):
         yield from engine.step().rows
 
 
-def slow_lookup(tokens, anchor):
-    """Scan for the latest earlier occurrence of the longest suffix; copy, running on into the copy."""
-    known = tokens[: anchor + 1]
-    for length in (5, 4, 3, 2):
-        suffix = known[-length:]
-        for start in range(len(known) - length - 1, -1, -1):
-            if len(known) > length and known[start : start + length] == suffix:
-                text = list(known)
-                for _ in range(SIZE):
-                    text.append(text[start + length + len(text) - len(known)])
-                return text[len(known) :]
-    return None
-
-
-def test_lookup_against_a_scan():
+def test_lookups_are_those_of_the_drafter_as_the_text_grows():
     draw = np.random.default_rng(0)
     for trial in range(20):
         tokens = draw.integers(0, 3 + trial % 4, 60).tolist() + [1, 2, 3] * 5
         passage = Passage(torch.tensor(tokens), torch.zeros(0), torch.zeros(0), torch.zeros(0), 4)
         matches, found = accept.lookup(passage, SIZE)
         assert len(matches) == len(tokens) - 5
+        copies = Copies(2, 5)
+        request = make_request("r", tokens[:4])
+        request.token_ids = tokens[:4]
         for row, anchor in enumerate(range(4, len(tokens) - 1)):
-            drafts = slow_lookup(tokens, anchor)
-            assert found[row] == (drafts is not None)
+            request.token_ids.append(tokens[anchor])
+            drafts = copies.tokens(request, SIZE)
+            assert found[row] == bool(drafts)
             real = tokens[anchor + 1 : anchor + 1 + SIZE]
             wanted = [a == b for a, b in zip(drafts or [-1] * SIZE, real, strict=False)]
             assert matches[row].tolist() == wanted + [False] * (SIZE - len(real))
+        assert found.any()
+        assert matches[-1].tolist() == [True] + [False] * (SIZE - 1)  # the text ends in a copy
 
 
 def test_tables_by_hand():

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from dspark_serve.cache.pages import PagePool
+from dspark_serve.drafters.copies import Copies
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import Point, Profile
@@ -37,25 +38,19 @@ class TenMs:
 
 
 class Says:
-    """A shadow of which all is known: what it simulates, in tokens per second, by the kind of budget."""
+    """A shadow of which all is known: what it simulates, in tokens per second, with a budget and without."""
 
-    def __init__(self, whole, budget=None):
-        self.whole, self.own, self.traces = whole, budget, []
+    def __init__(self, whole, decided=None):
+        self.whole, self.decided, self.traces = whole, decided, []
 
     def costs(self):
         return TenMs()
 
-    def budget(self):
-        return "the budget"
-
-    def simulated(self, budget, trace, items, concurrency):
+    def simulated(self, decides, trace, items, concurrency):
         assert items is ITEMS
         assert concurrency == 4
         self.traces.append(trace)
-        if budget == "the budget":
-            return self.own
-        assert isinstance(budget, KeepAll)
-        return self.whole
+        return self.decided if decides else self.whole
 
 
 def recording(took_ms, rounds=(ROUND, ROUND)):
@@ -195,7 +190,7 @@ def test_costs_are_the_medians_of_all_measurements() -> None:
 def test_a_shadow_serves_in_virtual_time_with_prompts_found_in_the_cache() -> None:
     """Ten tokens of the first request, none of the second, which only keeps the load up: nothing but decode steps."""
     plain = shadow(0, Profile((Point(1, 1, 0, 10.0), Point(17, 1, 0, 500.0))))
-    assert plain.simulated(KeepAll(), simulation.Trace("", 0, {"0": [ROUND]}), ITEMS, 1) == pytest.approx(100)
+    assert plain.simulated(False, simulation.Trace("", 0, {"0": [ROUND]}), ITEMS, 1) == pytest.approx(100)
 
 
 def test_a_shadow_drafts_what_was_recorded() -> None:
@@ -204,21 +199,23 @@ def test_a_shadow_drafts_what_was_recorded() -> None:
     answer = [simulation.Round(at, "head", 1, (0.5, 0.5)) for at in range(-1, 9, 2)]
     drafting = shadow(2, Profile(tuple(Point(n, 1, 0, 7.0 + 3 * n) for n in (1, 2, 3)), (Point(1, 1, 0, 4.0),)))
     trace = simulation.Trace("head", 2, {"0": answer, "1": answer})
-    assert drafting.simulated(KeepAll(), trace, ITEMS, 1) == pytest.approx(10 / 0.097)
+    assert drafting.simulated(False, trace, ITEMS, 1) == pytest.approx(10 / 0.097)
 
 
 def test_every_budget_of_a_shadow_begins_anew() -> None:
     made = shadow(2, Profile((Point(1, 1, 0, 10.0),), (Point(1, 1, 0, 4.0),)))
     made._calibrator.own.lines(("somebody",))
-    first, second = made.budget(), made.budget()
+    copies = Copies(2, 5)
+    first, second = made.budget(copies), made.budget(copies)
     assert isinstance(first, AutoBudget)
     assert first.calibrator is not second.calibrator
     assert "somebody" not in first.calibrator.own
     kept = ("mode", "width", "stored", "head", "adaptive")
     assert [getattr(first.calibrator, name) for name in kept] == [getattr(made._calibrator, name) for name in kept]
     assert first.cost is not second.cost
+    assert first.lookups is second.lookups is copies
     with pytest.raises(ValueError, match="drafts nothing"):
-        shadow(0, Profile((Point(1, 1, 0, 10.0),))).budget()
+        shadow(0, Profile((Point(1, 1, 0, 10.0),))).budget(copies)
 
 
 def test_requests_are_those_of_the_items() -> None:

@@ -40,8 +40,8 @@ def test_more_requests_at_once_than_there_are_lines():
 def test_lookups_are_certain_among_drafts_with_probabilities():
     probs = torch.full((1, 2, 5), 0.2)
     drawn = Proposal(torch.tensor([[1, 2]]), (2,), probs, torch.tensor([[0.9, 0.8]]))
-    copied = Proposal.from_lists([[3, 4, 0]], confidence=[[0.5, 0.6, 0.7]])
-    merged = _merge(drawn, [1], copied, [0], "dspark")
+    found = Proposal.from_lists([[3, 4, 0], ()], confidence=[[0.5, 0.6, 0.7], ()])
+    merged = _merge(drawn, [1], found, "dspark")
     assert merged.tokens.tolist() == [[3, 4, 0], [1, 2, -1]]
     assert merged.n_draft == (3, 2)
     assert merged.drafters == ("ngram", "dspark")
@@ -49,6 +49,14 @@ def test_lookups_are_certain_among_drafts_with_probabilities():
     assert merged.draft_probs[0].sum(-1).tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(merged.draft_probs[1, :2], probs[0])
     torch.testing.assert_close(merged.confidence, torch.tensor([[0.5, 0.6, 0.7], [0.9, 0.8, 0.0]]))
+
+
+def test_the_wider_of_both_decides():
+    drawn = Proposal(torch.tensor([[1, 2, 3]]), (3,), None, torch.tensor([[0.9, 0.8, 0.7]]))
+    merged = _merge(drawn, [0], Proposal.from_lists([(), [4]], confidence=[(), [0.5]]), "dspark")
+    assert merged.tokens.tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert (merged.n_draft, merged.drafters) == ((3, 1), ("dspark", "ngram"))
+    torch.testing.assert_close(merged.confidence, torch.tensor([[0.9, 0.8, 0.7], [0.5, 0.0, 0.0]]))
 
 
 class Head:
@@ -129,7 +137,7 @@ def test_rows_that_may_only_look_up_take_no_pass():
     drafter = PortfolioDrafter(NgramDrafter(4, 3), Head(True), "head")
     rows = [replace(row, lookup_only=True) for row in drafting_rows([5, 6, 7, 8, 9, 5, 6, 7], range(10))]
     got = drafter.propose(rows)
-    assert (drafter._head.asked, drafter._pending) == ([], [])
+    assert (drafter._head.asked, drafter._pending) == ([], [None, None])
     assert got.tokens.tolist() == [[8, 9, 5, 6], [-1] * 4]
     assert (got.n_draft, got.drafters) == ((4, 0), ("ngram", "ngram"))
     beside = drafter.propose([*rows, *drafting_rows(range(20, 30), first=5)])

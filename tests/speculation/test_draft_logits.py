@@ -53,10 +53,10 @@ def test_they_go_to_the_rows_that_drafted():
 
 
 def test_lookups_beside_them_are_certain():
-    given, certain = drawn_from(1, 2), Proposal.from_lists([[3, 4, 0]], confidence=[[0.5] * 3])
+    given, certain = drawn_from(1, 2), Proposal.from_lists([[3, 4, 0], ()], confidence=[[0.5] * 3, ()])
     stated = torch.full((1, 2), 0.5)
     parts = [Proposal(torch.tensor([[1, 2]]), (2,), probs, stated) for probs in (given, given.probs())]
-    lazy, dense = (_merge(part, [1], certain, [0], "dspark") for part in parts)
+    lazy, dense = (_merge(part, [1], certain, "dspark") for part in parts)
     assert torch.equal(lazy.draft_probs, dense.draft_probs)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dspark_serve.speculation.admission import HOLD, Allowance
+from dspark_serve.speculation.admission import _HOLD_SEVERAL, Allowance
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget, FixedBudget, KeepAll
 from dspark_serve.speculation.verify import verify
@@ -152,7 +152,7 @@ def test_a_decision_holds_until_the_rows_change() -> None:
     assert server.budget._admission is not None
     expected = server.budget._admission._drafted.expected
     server.budget._admission._drafted.expected = lambda *args: asked.append(1) or expected(*args)  # type: ignore
-    server.run(3 * (HOLD // 2))  # they draft
+    server.run(3 * _HOLD_SEVERAL)  # they draft
     assert len(asked) == 3
     asked.clear()
     for _ in range(5):
