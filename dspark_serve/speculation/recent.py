@@ -14,11 +14,12 @@ import numpy.typing as npt
 from dspark_serve.speculation.budget import LEVELS, Drafted
 from dspark_serve.speculation.calibrate import DraftSignals
 from dspark_serve.speculation.per_request import PerRequest
-from dspark_serve.types import Request, temperature_range
+from dspark_serve.types import TEMPERATURE_RANGES, Request
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_RANGES = np.array(TEMPERATURE_RANGES)
 _SAMPLES = 64  # rows whose survival is remembered per temperature range
 _ENOUGH = 24  # of them before they decide anything: what is given up too soon is probed again only now and then
 _OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
@@ -38,7 +39,7 @@ class Members:
 
     @staticmethod
     def of(requests: tuple[Request, ...]) -> Members:
-        ranges = np.array([temperature_range(request.params.temperature) for request in requests], dtype=np.int64)
+        ranges: Ints = _RANGES.searchsorted([request.params.temperature for request in requests])
         found = sorted(set(ranges.tolist()))
         rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
         ids = tuple([request.request_id for request in requests])

@@ -103,6 +103,9 @@ def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None
 def test_steps_without_drafts_are_learned_as_one_beside_those_with() -> None:
     server = without_probes(copying(0.0, noise=0.0))
     server.run(200)
+    while not server.budget._resting:
+        server.step()
+    server.budget._rest.plain_ms.clear()
     learned: list[float] = []
     learn = server.budget._learn_rest
     server.budget._learn_rest = lambda: learned.append(learn()) or learned[-1]
