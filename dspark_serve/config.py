@@ -95,9 +95,9 @@ class SpeculationConfig(Section):
         default=False, description="Measure what steps and drafts cost here, even if that is in the cache."
     )
     prompt_lookup_min: int | None = Field(
-        default=None, ge=1, description="Shortest n-gram looked up. Default: 2, beside a head 3."
+        default=None, ge=1, description="Tokens that a copy begins with. Default: 2, beside a head 3."
     )
-    prompt_lookup_max: int = Field(default=5, ge=1, description="Longest n-gram looked up.")
+    prompt_lookup_max: int = Field(default=5, ge=1, description="Tokens before a copy that are compared at most.")
     per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = Field(
         default="summary",
         description="Speculation report of each answer; detailed: with drafted and accepted tokens of every step.",
