@@ -265,7 +265,10 @@ class CostModel:
             # two kinds of steps by turns would else each take it for its own, and teach their buckets nothing.
             times = min(times, _TOGETHER)
             curve.correct(tokens, key, ratio - self._slowdown, _GAIN, times)
-            self._recent.extend([ratio] * times)
+            self._recent.append(ratio)
+            if times > 1:  # as if they had come one after the other: the bucket has its part by now
+                left = math.log(ms / curve.time(tokens, rows, context + draft_keys, key))
+                self._recent.extend([left] * (times - 1))
             self._slowdown = statistics.median(self._recent)
         return expected_ms
 

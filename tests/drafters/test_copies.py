@@ -158,6 +158,16 @@ def test_where_only_what_has_gone_on_for_long_is_of_use_few_texts_are_looked_at(
     for _ in range(_EVERY):
         copies.promised(rows, 0.9)
     assert sorted(looks) == sorted([*(text.request_id for text in texts), *["3"] * (_EVERY - 1)])
+    texts[3].token_ids.append(999)  # no more
+    for _ in range(_EVERY):
+        copies.promised(rows, 0.9)
+    looks.clear()
+    for _ in range(_EVERY):
+        copies.promised(rows, 0.9)
+    assert len(looks) == len(texts)
+    texts[3].token_ids += [300, 301]
+    copies.promised(rows, 0.3)
+    assert copies._copying == {"3"}
     copies.release("3")
     assert not copies._copying
 

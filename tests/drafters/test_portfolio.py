@@ -1,12 +1,13 @@
 """The portfolio's choice: what it has seen accepted decides, per request; rows of one proposal may mix drafters."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.drafters.portfolio import Acceptance, PortfolioDrafter, _merge
+from dspark_serve.drafters.portfolio import Acceptance, PortfolioDrafter, _Judged, _merge
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Request, Row, SamplingParams
 
@@ -14,6 +15,7 @@ from dspark_serve.types import Request, Row, SamplingParams
 def test_acceptance_is_conditional_on_the_drafts_before():
     seen = Acceptance(4)
     before = seen.rates(["r"])
+    assert before.tolist() == [[0.5] * 4]  # as likely as not
     for _ in range(50):
         seen.record("r", 4, 1)  # the first right, the second wrong, the rest never tried
     rates = seen.rates(["r"])[0]
@@ -131,6 +133,30 @@ def test_who_copies_what_is_unlikely_drafts_with_the_head():
     assert drafter.propose(rows).drafters == ("head",)
     sure(drafter)
     assert drafter.propose(rows).drafters == ("ngram",)
+
+
+def test_what_a_row_may_not_draft_is_no_argument_for_the_head():
+    drafter = PortfolioDrafter(NgramDrafter(4, 3), Head(True), "head")
+    (row,) = drafting_rows([5, 6, 7, 8, 9, 5, 6, 7])
+    sure(drafter)
+    for _ in range(200):
+        drafter.acceptance.record("r0", 2, 2)
+    short = replace(row, max_drafts=1)
+    assert drafter.propose([short]).drafters == ("ngram",)
+    for odds in drafter.copies._odds.values():
+        odds.right[:] = [0.7 * tried for tried in odds.tried]
+    assert drafter.propose([row]).drafters == ("ngram",)  # four copied tokens against two
+    assert drafter.propose([replace(row, max_drafts=2)]).drafters == ("head",)
+    assert drafter.propose([short]).drafters == ("ngram",)  # 1.7 against 2 / 1.3
+
+
+def test_only_the_heads_drafts_are_recorded():
+    drafter = PortfolioDrafter(NgramDrafter(4, 3), Head(True), "head")
+    verdict = SimpleNamespace(host_tokens=[(1, 2, 3), (1,), (1, 2)])
+    drafter._judged = _Judged([None, "r1", "r2"], (0, 1, 2), (3, 3, 1), verdict)
+    drafter.propose(drafting_rows(range(10)))
+    assert list(drafter.acceptance._line) == ["r1"]  # the third had nothing verified
+    assert drafter.acceptance.rates(["r1"])[0, 0] < 0.5
 
 
 def test_rows_that_may_only_look_up_take_no_pass():

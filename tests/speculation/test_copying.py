@@ -67,6 +67,7 @@ def test_what_is_no_gain_is_not_kept() -> None:
     assert flat.least == pytest.approx(0.0)
     assert steep.worth([(1, [0.99, 0.98])]) == []
     assert steep.least == 1
+    assert Prices(4, [8.0, 10.0], 0.0).worth([(1, [1.0])]) == []  # as good as without is not better
     assert Prices.of(4, 10.0 + 2.0 * np.arange(9), 0.0).least == pytest.approx(0.8 * (1 + _MARGIN))
 
 

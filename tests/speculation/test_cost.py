@@ -247,3 +247,20 @@ def test_a_correction_is_its_whole_buckets() -> None:
     moved = np.array([costs.step_ms(count, 4, 512) for count in range(90, 111)]) / before
     np.testing.assert_allclose(moved[6:12], moved[10])
     assert moved[10] > max(moved[5], moved[12]) * 1.01
+
+
+def test_steps_measured_together_count_as_so_many() -> None:
+    """In what their count corrects as in the machine's slowdown, but no more than eight of them."""
+
+    def model(*observed: tuple[float, int]) -> CostModel:
+        made = CostModel(Profile(tuple(Point(n, 1, 0, 10.0) for n in (1, 8, 16))), 16, 16)
+        for ms, times in [(10.0, 1)] * 7 + list(observed):
+            made.observe_step(8, 8, 0, ms, times=times)
+        return made
+
+    apart, together, more = model(*[(15.0, 1)] * 8), model((15.0, 8)), model((15.0, 99))
+    assert model((15.0, 6)).slowdown == pytest.approx(1.0)  # six of thirteen are no majority; eight of fifteen are
+    assert 1.2 < together.slowdown < 1.45  # a part of it is taken for the count's own
+    assert more.step_ms(8, 8, 0) == together.step_ms(8, 8, 0)
+    assert together.step_ms(8, 8, 0) == pytest.approx(15.0, rel=0.03)
+    assert together.step_ms(8, 8, 0) == pytest.approx(apart.step_ms(8, 8, 0), rel=0.03)

@@ -13,7 +13,7 @@ from dspark_serve.speculation.admission import HOLD
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import Plan, Row
+from dspark_serve.types import Plan, Request, Row, SamplingParams
 from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Repeats, Server, budget, cheap, cost, dear, drafting
 
 
@@ -125,6 +125,38 @@ def test_an_objective_per_user_sees_all_copies_there_are() -> None:
     lifted = lookup_alone(0.77, dear, tokens_per_s_per_user=1.01 / dear(8) * 1e3)
     lifted.run(20)
     assert sum(map(sum, lifted.kept)) > 0
+    assert lifted.budget._rest is None  # every step's are weighed
+    nobody = lookup_alone(0.5, dear, tokens_per_s_per_user=1e9)
+    nobody.run(20)
+    assert sum(nobody.looked_up) > 0
+    assert sum(map(sum, nobody.kept)) == 0
+
+
+def test_copies_must_gain_more_than_costs_are_known_to() -> None:
+    """Eight rows' copies would save 0.6 ms of 100, looking them up included."""
+
+    def step_ms(tokens: int) -> float:
+        return 60 + 5.0 * tokens
+
+    for found, pays in ((0.46, False), (0.52, True)):
+        server = lookup_alone(found, step_ms)
+        server.budget._lookup_ms = 0.01 + 8 * LOOKING_MS
+        server.noise = 0.0
+        server.run(1)
+        assert (sum(server.looked_up) > 0) == pays
+
+
+def test_prices_are_those_of_the_load() -> None:
+    server = lookup_alone(0.9, cheap)
+    server.run(3)
+    prices = server.budget._prices
+    rows = [Row(request, 99, 1, True, WIDTH) for request in server.requests]
+    prompt = Row(Request("p", (1,) * 20, SamplingParams(), seed=0), 0, 20, True)
+    server.budget.admit(Plan((*rows[:7], prompt)))
+    assert server.budget._prices is prices  # a prompt that is read beside them is no draft's matter
+    server.budget.admit(Plan(tuple(rows[:2])))
+    assert prices[2].base == 8
+    assert server.budget._prices[2].base == 2
 
 
 def test_drafts_that_are_ready_are_not_taken_for_copies() -> None:

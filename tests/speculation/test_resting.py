@@ -52,6 +52,15 @@ def test_a_machine_that_slows_down_between_looks_is_followed() -> None:
     assert server.budget.cost.step_ms(4, 4, 400) == pytest.approx(1.5 * before_ms, rel=0.02)
 
 
+def test_steps_that_were_rested_through_count_as_several() -> None:
+    """As many as decide what the machine's present slowdown is."""
+    server = resting()
+    before_ms = server.budget.cost.step_ms(4, 4, 400)
+    server.step_ms = lambda tokens: 1.5 * dear(tokens)
+    server.run(_STEPS + 1)
+    assert server.budget.cost.step_ms(4, 4, 400) == pytest.approx(1.5 * before_ms, rel=0.1)
+
+
 def test_experiments_are_earned_while_it_rests() -> None:
     server = resting()
     probes = server.budget._admission._probes  # type: ignore[union-attr]
