@@ -301,7 +301,8 @@ class AutoBudget:
         self._drafted_before = None if self._only_copies else step.signals is not None
         if self._only_copies:
             kept = sum([result.n_kept for result in results])
-            self._lookup_ms += _LOOKUP_GAIN * (min(propose_ms, _ODD_MS) - self._lookup_ms)
+            if not plan.ahead:  # else a pass for the next step is in it
+                self._lookup_ms += _LOOKUP_GAIN * (min(propose_ms, _ODD_MS) - self._lookup_ms)
         elif self._resting and self._rest is not None:
             return self._rest.add(step_ms)
         elif step.signals is not None and step.said is not None:  # else there were no drafts

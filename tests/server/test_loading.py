@@ -1,5 +1,7 @@
-"""How the service loads a model: nothing of it imports Transformers in two threads at once."""
+"""How the service loads a model: nothing of it imports Transformers in two threads at once, and no collection of
+garbage looks through it again."""
 
+import gc
 import threading
 
 from tiny_model import write_tiny_model
@@ -20,6 +22,9 @@ def test_tokenizer_and_engine_load_one_after_the_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "load", lambda *_: step("tokenizer", "the tokenizer"))
     monkeypatch.setattr(build, "build_engine", lambda *_: step("engine", "the engine"))
+    gc.unfreeze()
     model = str(write_tiny_model(tmp_path))
     assert service.load(load_config({"model": model})) == ("the engine", "the tokenizer")
     assert steps == [("tokenizer", threading.current_thread()), ("engine", threading.current_thread())]
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()

@@ -13,7 +13,7 @@ from dspark_serve.speculation.admission import HOLD
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import Plan, Request, Row, SamplingParams
+from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams
 from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Repeats, Server, budget, cheap, cost, dear, drafting
 
 
@@ -157,6 +157,21 @@ def test_prices_are_those_of_the_load() -> None:
     server.budget.admit(Plan(tuple(rows[:2])))
     assert prices[2].base == 8
     assert server.budget._prices[2].base == 2
+
+
+def test_a_pass_for_the_next_step_is_not_what_looking_up_takes() -> None:
+    """Made beside copies, at the end of their step."""
+    server = copying(0.9)
+    server.run(200)
+    before_ms = server.budget._lookup_ms
+    plan = server.budget.admit(Plan(tuple(Row(r, 99, 1, True, WIDTH) for r in server.requests)))
+    proposal = Proposal(torch.zeros((8, WIDTH), dtype=torch.int64), (WIDTH,) * 8)
+    kept = server.budget.choose(plan, proposal)
+    for ahead, counts in (((0,), False), ((), True)):
+        mine = Plan(plan.rows, ahead=ahead)
+        results = [RowResult((0,), n_kept=n) for n in kept]
+        server.budget.learn(mine, proposal, results, {"forward": cheap(40), "propose": 4.0})
+        assert (server.budget._lookup_ms != before_ms) == counts
 
 
 def test_drafts_that_are_ready_are_not_taken_for_copies() -> None:

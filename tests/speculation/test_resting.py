@@ -37,7 +37,7 @@ def resting(rows: int = 4) -> Server:
     return server
 
 
-def test_every_eighth_step_is_looked_at_and_the_others_are_learned_as_one(looks: list[float]) -> None:
+def test_one_step_in_many_is_looked_at_and_the_others_are_learned_as_one(looks: list[float]) -> None:
     server = resting()
     looks.clear()
     server.run(3 * (_STEPS + 1))
