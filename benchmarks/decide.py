@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +61,7 @@ class Steps:
         if self._changing:
             self._replace_one()
         bare = tuple([Row(request, self.start, 1, True) for request in self._requests])  # the scheduler has them, too
-        planned = Plan(tuple([replace(row, max_drafts=WIDTH) for row in bare]), known_bare=bare)
+        planned = Plan(tuple([row._replace(max_drafts=WIDTH) for row in bare]), known_bare=bare)
         marks = [time.perf_counter()]
         plan = self.budget.admit(planned)
         marks.append(time.perf_counter())

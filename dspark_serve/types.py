@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VerifyMode = Literal["coupled", "rejection"]
@@ -228,13 +228,12 @@ class Request:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One request's share of a step: tokens [start, start + length) of the request, then up to `max_drafts` drafts.
 
     `samples` is true when the row reaches the request's last known token (the anchor), so a token comes out of it.
     Only a row of one token that samples may carry drafts. `lookup_only`: drafts that cost a pass of a model would not
-    earn it.
+    earn it. A tuple, because every step makes two or three per request, and a dataclass takes four times as long.
     """
 
     request: Request

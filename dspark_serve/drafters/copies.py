@@ -19,8 +19,6 @@ _FIRST_GUESS = (0.25, 0.4, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92)
 _GUESSED = 8.0  # copies seen at which they count as much as the first guess
 _DECAY = 0.995  # of old evidence, per copy of that length
 _SUREST, _SLIGHT = 0.99, 0.05  # no chance is more; what has less is of no use to anybody
-_HIGH = 0.6  # a chance that a copy hardly has before it has gone on for some tokens,
-_EVERY = 4  # so that, where less is of no use, a text that copies nothing needs a look in one of so many steps only
 _PLACES = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))  # by length
 
 
@@ -40,6 +38,11 @@ class _Odds:
         place = _PLACES[length] if length < len(_PLACES) else -1
         return min(self.right[place] / self.tried[place], _SUREST)
 
+    def length_for(self, least: float) -> int:
+        """How long a copy must have gone on to have this chance; no shorter one has it."""
+        pairs = zip(_LENGTHS, self.right, self.tried, strict=True)
+        return next((length for length, right, tried in pairs if right >= least * tried), _LENGTHS[-1])
+
 
 @dataclass(slots=True)
 class _Text:
@@ -50,6 +53,8 @@ class _Text:
     read: int
     source: int = 0  # position of the token that the copy goes on with; 0: it copies nothing
     length: int = 0  # tokens that agree before it
+    due: int = 0  # how many tokens there must be before a copy can have
+    least: float = 0.0  # this chance of going on
 
 
 class Copies:
@@ -65,8 +70,6 @@ class Copies:
         self._shortest, self._longest = shortest, longest
         self._texts: dict[str, _Text] = {}
         self._odds: dict[int, _Odds] = {}  # by temperature range
-        self._copying: set[str] = set()  # requests, of those that were read for what they promise
-        self._turn = 0
 
     def tokens(self, request: Request, count: int) -> list[int]:
         """The next `count` tokens of what the text copies; [] where it copies nothing. A copy that reaches the end runs
@@ -84,30 +87,28 @@ class Copies:
 
     def promised(self, rows: Sequence[Row], least: float) -> list[tuple[int, list[float]]]:
         """The rows, by index, that copy something, with the chances that the first 1, 2, ... tokens are all right, as
-        many as the row may draft. None of them unless one has at least this chance."""
-        found: list[tuple[int, list[float]]] = []
-        self._turn += 1
-        everyone, best = least <= _HIGH or self._turn % _EVERY == 0, 0.0
-        if not everyone and not self._copying:
-            return found
+        many as the row may draft. None of them unless one has at least this chance.
+
+        A text whose copy would have to go on for longer to have it is not looked at until then.
+        """
+        found: list[tuple[int, _Text]] = []
+        some = False
         for index, row in enumerate(rows):
-            name = row.request.request_id
-            if row.max_drafts <= 0 or not (everyone or name in self._copying):
+            request = row.request
+            text = self._texts.get(request.request_id)
+            if row.max_drafts <= 0:
                 continue
-            text = self._read(row.request)
-            if not text.source:
-                self._copying.discard(name)
+            if text is not None and len(request.token_ids) < text.due and least >= text.least:
                 continue
-            self._copying.add(name)
-            chances = [right := text.odds.chance(text.length)]
-            best = max(best, right)
-            for length in range(text.length + 1, text.length + row.max_drafts):
-                right *= text.odds.chance(length)
-                if right < _SLIGHT:
-                    break
-                chances.append(right)
-            found.append((index, chances))
-        return found if best >= least else []
+            text = self._read(request)
+            if text.source and text.odds.chance(text.length) >= least:
+                some = True
+            else:
+                missing = text.odds.length_for(least) - max(text.length, self._longest)
+                text.due, text.least = text.read + max(missing, 1), least
+            if text.source:
+                found.append((index, text))
+        return [(index, _survival(text, rows[index].max_drafts)) for index, text in found] if some else []
 
     def _read(self, request: Request) -> _Text:
         """The request's text, with all its tokens read."""
@@ -147,4 +148,15 @@ class Copies:
     def release(self, request_id: str) -> None:
         """The request is finished; forget it. Unknown ids are fine."""
         self._texts.pop(request_id, None)
-        self._copying.discard(request_id)
+
+
+def _survival(text: _Text, most: int) -> list[float]:
+    """The chances that the first 1, 2, ... tokens of a copy are all right, up to `most` of them."""
+    chance = text.odds.chance
+    survival = [right := chance(text.length)]
+    for length in range(text.length + 1, text.length + most):
+        right *= chance(length)
+        if right < _SLIGHT:
+            break
+        survival.append(right)
+    return survival

@@ -245,7 +245,7 @@ def _smallest_ms(rig: Rig, clock: Callable[[], float]) -> float:
     """One token of one row through the target."""
     rows = _rows(rig, Shape(1, 0, 0))
     try:
-        batch = rig.batcher.build(Plan(tuple([replace(row, max_drafts=0) for row in rows])), Proposal.empty(0))
+        batch = rig.batcher.build(Plan(tuple([row._replace(max_drafts=0) for row in rows])), Proposal.empty(0))
         start = _now(rig, clock)
         rig.runner.run(batch)
         return (_now(rig, clock) - start) * 1e3
@@ -267,7 +267,7 @@ def _measure(rig: Rig, shape: Shape, costly: str | None, clock: Callable[[], flo
             drafts[temperature] = (_now(rig, clock) - start) * 1e3
         if proposal is None or min(proposal.n_draft) < shape.drafts:  # a lookup finds nothing in made-up text
             proposal = Proposal.from_lists([[1] * shape.drafts] * shape.rows, rig.batcher.device)
-        limited = [replace(row, max_drafts=shape.drafts) for row in rows]
+        limited = [row._replace(max_drafts=shape.drafts) for row in rows]
         kept = proposal.trim([shape.drafts] * shape.rows) if shape.drafts else Proposal.empty(0)
         marks = [_now(rig, clock)]
         batch = rig.batcher.build(Plan(tuple(limited)), kept)
@@ -309,7 +309,7 @@ def _rows(rig: Rig, shape: Shape) -> list[Row]:
 def _at(row: Row, temperature: float) -> Row:
     """The same of a request of its own: what is known of a request's parameters holds for as long as it lives."""
     params = replace(row.request.params, temperature=temperature)
-    return replace(row, request=replace(row.request, params=params))
+    return row._replace(request=replace(row.request, params=params))
 
 
 def _now(rig: Rig, clock: Callable[[], float]) -> float:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_serve.drafters.copies import _DECAY, _EVERY, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
+from dspark_serve.drafters.copies import _DECAY, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
 from dspark_serve.types import Request, Row, SamplingParams
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
@@ -139,37 +139,53 @@ def test_what_is_promised():
     assert slight[-1] > 0.05 > slight[-1] * copies.chances(copying, len(slight) + 1)[-1]
 
 
-def test_where_only_what_has_gone_on_for_long_is_of_use_few_texts_are_looked_at(monkeypatch):
+def test_a_text_is_looked_at_again_when_a_copy_could_have_gone_on_for_long_enough(monkeypatch):
     copies, looks = Copies(2, 5), []
     read = copies._read
-    monkeypatch.setattr(copies, "_read", lambda request: looks.append(request.request_id) or read(request))
-    texts = [request_of(range(100 * n, 100 * n + 9), str(n)) for n in range(8)]
-    rows = [row_of(text) for text in texts]
-    copies.promised(rows, 0.3)
-    assert len(looks) == 8
+    monkeypatch.setattr(copies, "_read", lambda request: looks.append(len(request.token_ids)) or read(request))
+    text = request_of(range(20))  # copies nothing
+
+    def grow(tokens, least):
+        found = []
+        for token in tokens:
+            text.token_ids.append(token)
+            found.append(bool(copies.promised([row_of(text)], least)))
+        return found
+
+    assert copies.promised([row_of(text)], 0.6) == []
+    # By the first guess, 0.65 after 5 tokens: where a copy begins, as many may agree. 0.75 takes 7, and 0.92 takes 16.
+    grow([100, 101, 102], 0.6)
+    assert looks == [20, 21, 22, 23]
     looks.clear()
-    for _ in range(3 * _EVERY):
-        copies.promised(rows, 0.9)
-    assert sorted(looks) == sorted([text.request_id for text in texts] * 3)
-    texts[3].token_ids += [300, 301]  # from now on it copies
-    for _ in range(_EVERY):
-        copies.promised(rows, 0.9)
+    grow([103, 104, 105, 106], 0.7)
+    assert looks == [24, 26]
     looks.clear()
-    for _ in range(_EVERY):
-        copies.promised(rows, 0.9)
-    assert sorted(looks) == sorted([*(text.request_id for text in texts), *["3"] * (_EVERY - 1)])
-    texts[3].token_ids.append(999)  # no more
-    for _ in range(_EVERY):
-        copies.promised(rows, 0.9)
+    grow(range(200, 211), 0.9)
+    assert looks == [28]
+    # It copies 20 tokens. After 12 of them that is seen, and after 16 it is of use.
     looks.clear()
-    for _ in range(_EVERY):
-        copies.promised(rows, 0.9)
-    assert len(looks) == len(texts)
-    texts[3].token_ids += [300, 301]
-    copies.promised(rows, 0.3)
-    assert copies._copying == {"3"}
-    copies.release("3")
-    assert not copies._copying
+    assert grow(range(20), 0.9) == [False] * 15 + [True] * 5
+    assert looks == [39, 50, 54, 55, 56, 57, 58]
+    assert not any(grow([999, 1000], 0.9))
+    looks.clear()
+    copies.promised([row_of(text)], 0.95)
+    assert looks == []
+    copies.promised([row_of(text)], 0.89)  # might be of use by now
+    assert looks == [len(text.token_ids)]
+    looks.clear()
+    copies.release("r")
+    copies.promised([row_of(text)], 0.9)
+    assert looks == [len(text.token_ids)]  # what was known of one that has ended says nothing of another
+
+
+def test_how_long_a_copy_must_have_gone_on():
+    copies = Copies(2, 5)
+    odds = copies._texts.setdefault("r", copies._read(request_of([1, 2, 3]))).odds
+    assert [odds.length_for(least) for least in (0.0, 0.25, 0.26, 0.75, 0.76, 0.92, 0.98)] == [1, 1, 2, 7, 10, 16, 16]
+    for _ in range(500):
+        odds.add(4, True)
+    assert odds.length_for(0.98) == 4
+    assert odds.chance(4) == 0.99
 
 
 def test_a_text_that_was_never_looked_at_while_it_grew_is_read_in_one_go():

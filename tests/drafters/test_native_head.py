@@ -45,7 +45,7 @@ def rows_of(temperatures):
         request = make_request(f"r{index}", tokens, temperature=temperature, seed=index * 77, max_tokens=50)
         engine.add(request)
     engine.step()
-    return [replace(row, max_drafts=7) for row in engine.scheduler.plan().rows]
+    return [row._replace(max_drafts=7) for row in engine.scheduler.plan().rows]
 
 
 def fill(store, seed=0):
@@ -85,7 +85,7 @@ def with_lm_head_of_its_own(drafter):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("width", [3, 7])
 def test_one_call_writes_context_decodes_and_draws_what_parts_do(own, rows, width):
-    chosen = [replace(row, max_drafts=width - (index == 2)) for index, row in enumerate(rows_of([0.0, 1.0, 0.6, 2.0]))]
+    chosen = [row._replace(max_drafts=width - (index == 2)) for index, row in enumerate(rows_of([0.0, 1.0, 0.6, 2.0]))]
     chosen, found = chosen[:rows], []
     for whole in (True, False):
         drafter, store = drafter_of("dspark_vanilla")

@@ -22,7 +22,7 @@ class Sometimes(KeepAll):
     def admit(self, plan):
         self.steps += 1
         if self.steps % 4:
-            return replace(plan, rows=tuple(replace(row, max_drafts=0) for row in plan.rows))
+            return replace(plan, rows=tuple(row._replace(max_drafts=0) for row in plan.rows))
         return plan
 
     def choose(self, plan, proposal):

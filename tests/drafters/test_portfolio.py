@@ -1,6 +1,5 @@
 """The portfolio's choice: what it has seen accepted decides, per request; rows of one proposal may mix drafters."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -141,12 +140,12 @@ def test_what_a_row_may_not_draft_is_no_argument_for_the_head():
     sure(drafter)
     for _ in range(200):
         drafter.acceptance.record("r0", 2, 2)
-    short = replace(row, max_drafts=1)
+    short = row._replace(max_drafts=1)
     assert drafter.propose([short]).drafters == ("ngram",)
     for odds in drafter.copies._odds.values():
         odds.right[:] = [0.7 * tried for tried in odds.tried]
     assert drafter.propose([row]).drafters == ("ngram",)  # four copied tokens against two
-    assert drafter.propose([replace(row, max_drafts=2)]).drafters == ("head",)
+    assert drafter.propose([row._replace(max_drafts=2)]).drafters == ("head",)
     assert drafter.propose([short]).drafters == ("ngram",)  # 1.7 against 2 / 1.3
 
 
@@ -161,7 +160,7 @@ def test_only_the_heads_drafts_are_recorded():
 
 def test_rows_that_may_only_look_up_take_no_pass():
     drafter = PortfolioDrafter(NgramDrafter(4, 3), Head(True), "head")
-    rows = [replace(row, lookup_only=True) for row in drafting_rows([5, 6, 7, 8, 9, 5, 6, 7], range(10))]
+    rows = [row._replace(lookup_only=True) for row in drafting_rows([5, 6, 7, 8, 9, 5, 6, 7], range(10))]
     got = drafter.propose(rows)
     assert (drafter._head.asked, drafter._pending) == ([], [None, None])
     assert got.tokens.tolist() == [[8, 9, 5, 6], [-1] * 4]

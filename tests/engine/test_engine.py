@@ -190,7 +190,7 @@ def test_the_budget_is_asked_before_the_drafter():
         learned = 0
 
         def admit(self, plan):
-            return replace(plan, rows=tuple(replace(row, max_drafts=0) for row in plan.rows))
+            return replace(plan, rows=tuple(row._replace(max_drafts=0) for row in plan.rows))
 
         def learn(self, plan, proposal, results, phase_ms, before_ms):
             assert (before_ms > 0) == (self.learned > 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +26,7 @@ ROWS = st.builds(
 
 
 def without_drafts(plan: Plan) -> tuple[Row, ...]:
-    return tuple(replace(row, max_drafts=0, lookup_only=False) for row in plan.rows)
+    return tuple(row._replace(max_drafts=0, lookup_only=False) for row in plan.rows)
 
 
 @settings(deadline=None)
