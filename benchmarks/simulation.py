@@ -185,9 +185,10 @@ class TracedDrafts:
         promised = []
         for index, row in enumerate(rows):
             if row.max_drafts > 0 and (found := self._find(row)).drafter != self.costly:
-                chances = list(itertools.accumulate(found.confidence[: row.max_drafts], operator.mul))
-                promised.append((index, chances))
-        return promised if any(chances[0] >= least for _, chances in promised) else []
+                chances = itertools.accumulate(found.confidence[: row.max_drafts], operator.mul)
+                if likely := list(itertools.takewhile(lambda chance: chance >= least, chances)):
+                    promised.append((index, likely))
+        return promised
 
     def _find(self, row: Row) -> Round:
         name = row.request.request_id

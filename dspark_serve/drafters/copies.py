@@ -19,6 +19,8 @@ _FIRST_GUESS = (0.25, 0.4, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92)
 _GUESSED = 8.0  # copies seen at which they count as much as the first guess
 _DECAY = 0.995  # of old evidence, per copy of that length
 _SUREST, _SLIGHT = 0.99, 0.05  # no chance is more; what has less is of no use to anybody
+_HIGH, _LATE = 0.6, 4  # where no less is of use, all drafts save little, and a copy may be noticed a few tokens late
+_BITS = 20  # of a token id in the number of a run
 _PLACES = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))  # by length
 
 
@@ -48,13 +50,13 @@ class _Odds:
 class _Text:
     """A request's tokens as far as they were read."""
 
+    request: Request
     odds: _Odds
-    follow: dict[tuple[int, ...], int]  # the position after the latest occurrence of each run of tokens
-    read: int
+    follow: dict[int, int] = field(default_factory=dict)  # the position after the latest occurrence of each run
+    read: int = 0
+    run: int = 0  # the last tokens as one number, which takes half as long to look up as a tuple
     source: int = 0  # position of the token that the copy goes on with; 0: it copies nothing
     length: int = 0  # tokens that agree before it
-    due: int = 0  # how many tokens there must be before a copy can have
-    least: float = 0.0  # this chance of going on
 
 
 class Copies:
@@ -68,8 +70,11 @@ class Copies:
                 f"prompt_lookup_min ({shortest}) must be 1 or more and at most prompt_lookup_max ({longest})"
             )
         self._shortest, self._longest = shortest, longest
+        self._last = (1 << _BITS * shortest) - 1  # of a run's number: the tokens that make it up
         self._texts: dict[str, _Text] = {}
         self._odds: dict[int, _Odds] = {}  # by temperature range
+        self._least = 0.0  # chance that was asked for the last time, and how many tokens each text must have before it
+        self._due: dict[Request, int] = {}  # can copy anything that has it
 
     def tokens(self, request: Request, count: int) -> list[int]:
         """The next `count` tokens of what the text copies; [] where it copies nothing. A copy that reaches the end runs
@@ -86,56 +91,60 @@ class Copies:
         return [text.odds.chance(text.length + more) for more in range(count)] if text.source else []
 
     def promised(self, rows: Sequence[Row], least: float) -> list[tuple[int, list[float]]]:
-        """The rows, by index, that copy something, with the chances that the first 1, 2, ... tokens are all right, as
-        many as the row may draft. None of them unless one has at least this chance.
+        """The rows, by index, whose copy goes on with at least this chance, with the chances that its first 1, 2, ...
+        tokens are all right: as many as have that chance, and as the row may draft.
 
-        A text whose copy would have to go on for longer to have it is not looked at until then.
+        A text whose copy would have to go on for longer to have it is not looked at until then: after a pass of the
+        target little of it is left in any cache, and a look takes 5 microseconds.
         """
-        found: list[tuple[int, _Text]] = []
-        some = False
-        for index, row in enumerate(rows):
-            request = row.request
-            text = self._texts.get(request.request_id)
-            if row.max_drafts <= 0:
-                continue
-            if text is not None and len(request.token_ids) < text.due and least >= text.least:
+        found: list[tuple[int, list[float]]] = []
+        due = self._due
+        if least < self._least:
+            due.clear()
+        self._least = least
+        for index, (request, start, _, _, most, _) in enumerate(rows):
+            if most <= 0 or due.get(request, 0) > start + 1:
                 continue
             text = self._read(request)
-            if text.source and text.odds.chance(text.length) >= least:
-                some = True
+            if text.source and (chance := text.odds.chance(text.length)) >= least:
+                found.append((index, _survival(text, chance, most, max(least, _SLIGHT))))
             else:
                 missing = text.odds.length_for(least) - max(text.length, self._longest)
-                text.due, text.least = text.read + max(missing, 1), least
-            if text.source:
-                found.append((index, text))
-        return [(index, _survival(text, rows[index].max_drafts)) for index, text in found] if some else []
+                due[request] = text.read + max(missing, _LATE if least > _HIGH else 1)
+        return found
 
     def _read(self, request: Request) -> _Text:
         """The request's text, with all its tokens read."""
-        tokens, size = request.token_ids, self._shortest
+        tokens, size, last = request.token_ids, self._shortest, self._last
         text = self._texts.get(request.request_id)
         if text is None:
-            odds = self._odds.setdefault(temperature_range(request.params.temperature), _Odds())
-            # All of the prompt but its last run, which is looked up before it is there itself.
-            runs = zip(*[tokens[first:] for first in range(size)], strict=False)
-            known = len(tokens) - 1
-            text = self._texts[request.request_id] = _Text(
-                odds, dict(zip(runs, range(size, known + 1), strict=False)), known
-            )
-        while text.read < len(tokens):
-            text.read = end = text.read + 1
-            if text.source:
-                went_on = tokens[text.source] == tokens[end - 1]
-                text.odds.add(text.length, went_on)
-                text.source, text.length = (text.source + 1, text.length + 1) if went_on else (0, 0)
+            text = self._texts[request.request_id] = self._begun(request)
+        odds, follow, run, source, length = text.odds, text.follow, text.run, text.source, text.length
+        for end, token in enumerate(tokens[text.read :], text.read + 1):
+            if source:
+                went_on = tokens[source] == token
+                odds.add(length, went_on)
+                source, length = (source + 1, length + 1) if went_on else (0, 0)
+            run = (run << _BITS | token) & last
             if end < size:
                 continue
-            run = tuple(tokens[end - size : end])
-            before = text.follow.setdefault(run, end)
-            if before != end:
-                text.follow[run] = end
-                if not text.source:
-                    text.source, text.length = before, self._agreeing(tokens, before, end)
+            before = follow.get(run)
+            follow[run] = end
+            if before is not None and not source:
+                source, length = before, self._agreeing(tokens, before, end)
+        text.read, text.run, text.source, text.length = len(tokens), run, source, length
+        return text
+
+    def _begun(self, request: Request) -> _Text:
+        """A text of which all was read but its last token: how copies within a prompt went on is no answer's way."""
+        text = _Text(request, self._odds.setdefault(temperature_range(request.params.temperature), _Odds()))
+        follow, run, size, last = text.follow, 0, self._shortest, self._last
+        text.read = len(request.token_ids) - 1
+        for end, token in enumerate(request.token_ids[: text.read], 1):
+            run = (run << _BITS | token) & last
+            if end >= size:
+                follow[run] = end
+        text.run = run
         return text
 
     def _agreeing(self, tokens: Sequence[int], one: int, other: int) -> int:
@@ -147,16 +156,19 @@ class Copies:
 
     def release(self, request_id: str) -> None:
         """The request is finished; forget it. Unknown ids are fine."""
-        self._texts.pop(request_id, None)
+        text = self._texts.pop(request_id, None)
+        if text is not None:
+            self._due.pop(text.request, None)
 
 
-def _survival(text: _Text, most: int) -> list[float]:
-    """The chances that the first 1, 2, ... tokens of a copy are all right, up to `most` of them."""
-    chance = text.odds.chance
-    survival = [right := chance(text.length)]
+def _survival(text: _Text, first: float, most: int, least: float) -> list[float]:
+    """The chances that the first 1, 2, ... tokens of a copy are all right, up to `most` of them; the first whatever it
+    is, and others as long as they are no less than `least`."""
+    chance, right = text.odds.chance, first
+    survival = [first]
     for length in range(text.length + 1, text.length + most):
         right *= chance(length)
-        if right < _SLIGHT:
+        if right < least:
             break
         survival.append(right)
     return survival

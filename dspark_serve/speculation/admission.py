@@ -32,10 +32,20 @@ _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected
 _AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
 HOLD = 64  # steps that a decision holds for while the rows are the same, if nobody is to draft;
-_HOLD_ONE, _HOLD_SEVERAL = 32, 16  # if one row is, or several: their blocks soon say whether that was right
-_ALIKE = 4  # it holds, too, while no more than one row in so many came or went
+_HOLD_ONE, _HOLD_SEVERAL = 32, 16  # if one row is, or several: their blocks soon say whether that was right.
+_BLOCKS = 64  # so many do; with many rows that begin to draft, after a few steps
+ALIKE = 4  # it holds, too, while no more than one row in so many came or went
 _LESSON_GAIN = 0.05
 _ODD_MS = 5.0
+
+
+def context_of(rows: Sequence[Row]) -> int:
+    """Keys that rows of one token see together, that token's own included."""
+    return sum([row.start for row in rows]) + len(rows)
+
+
+def all_greedy(rows: Sequence[Row]) -> bool:
+    return all([row.request.params.greedy for row in rows])
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,14 @@ class Load:
     keys_per_draft: float = 0.0  # that a draft sees, in the mean
 
     @staticmethod
-    def of(plan: Plan, members: Members, context: int) -> Load:
-        """members, context: of the rows that draft, which hold a token each."""
-        rows, count = len(plan.rows), len(members.requests)
+    def of(plan: Plan, greedy: bool, context: int) -> Load:
+        """greedy, context: of the rows that draft, which hold a token each."""
+        rows, count = len(plan.rows), len(plan.drafting)
         if rows == count:
-            return Load(rows, rows, context, members.greedy, context / max(count, 1))
+            return Load(rows, rows, context, greedy, context / max(count, 1))
         rest = [row for row in plan.rows if row.max_drafts <= 0]
         tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
-        greedy = members.greedy and all([row.request.params.greedy for row in rest if row.samples])
+        greedy = greedy and all_greedy([row for row in rest if row.samples])
         keys_per_draft = context / max(count, 1)
         return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
 
@@ -149,9 +159,9 @@ _NO, _YES = 1, 2
 class _Held:
     """A decision, for some steps: in a column of what is known of each request."""
 
-    def __init__(self, own: PerRequest, members: Members, rows: int, admitted: Admitted, until: int) -> None:
-        """rows: of the plan. until: the step at which it has to be made anew."""
-        self.until = until
+    def __init__(self, own: PerRequest, members: Members, rows: int, admitted: Admitted, step: int, hold: int) -> None:
+        """rows: of the plan. hold: after so many steps, beginning with `step`, it has to be made anew."""
+        self.until, self.hold = step + hold, hold
         self._own, self._rows, self._count = own, rows, len(members.requests)
         self._last = members, rows, admitted
         lines = own.lines(members.requests)
@@ -172,7 +182,7 @@ class _Held:
             lines = self._own.lines(members.requests)
             decided = self._own.column(_DECISION)[lines]
             known = int(np.count_nonzero(decided))
-            if max(self._count - known, len(decided) - known, abs(rows - self._rows)) * _ALIKE > self._count:
+            if max(self._count - known, len(decided) - known, abs(rows - self._rows)) * ALIKE > self._count:
                 return None
             decided[decided == 0] = self._usual
             self._last = members, rows, Admitted(decided == _YES)
@@ -216,9 +226,18 @@ class Admission:
             admitted = Admitted(self._worth(members, limits, load, context))
         else:
             admitted = Admitted(np.zeros(len(rows), dtype=np.bool_))
-        hold = (HOLD, _HOLD_ONE, _HOLD_SEVERAL)[min(admitted.drafting, 2)]
-        self._held = _Held(self._own, members, load.rows, admitted, step + hold)
+        hold = self._hold(admitted.drafting)
+        self._held = _Held(self._own, members, load.rows, admitted, step, hold)
         return self._experiment(rows, members, load, plain_ms, gain, admitted)
+
+    def _hold(self, drafting: int) -> int:
+        """How long a decision holds that lets so many rows draft."""
+        if drafting < 2:
+            return _HOLD_ONE if drafting else HOLD
+        held = self._held
+        if held is not None and held.hold <= _HOLD_SEVERAL:  # several did before: it was right
+            return min(2 * held.hold, _HOLD_SEVERAL)
+        return min(max(_BLOCKS // drafting, 2), _HOLD_SEVERAL)
 
     def _worth(self, members: Members, limits: npt.NDArray[np.int64], load: Load, context: int) -> Bools:
         """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows]."""

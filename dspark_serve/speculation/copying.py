@@ -19,13 +19,14 @@ Floats = npt.NDArray[np.float64]
 Promised = Sequence[tuple[int, Sequence[float]]]
 
 MOST = 256  # drafts of a step
+_SEVERAL = 16  # drafts that copies of one row may have, and those of a batch hardly more: few rows copy at a time
 _MARGIN = 0.1  # of what drafts add to a step: costs are known to a few percent
 
 
 class Lookups(Protocol):
     def promised(self, rows: Sequence[Row], least: float) -> Promised:
-        """The rows, by index, that copy something, with the chances that the first 1, 2, ... tokens are all right, as
-        many as the row may draft. None of them unless one has at least this chance."""
+        """The rows, by index, whose copy goes on with at least this chance, with the chances that its first 1, 2, ...
+        tokens are all right: as many as have that chance, and as the row may draft."""
         ...
 
 
@@ -35,7 +36,9 @@ class Prices:
 
     base: int  # tokens that come out without drafts
     times: Sequence[float]  # with 0, 1, ... drafts, and whatever else they must be worth
-    least: float  # no drafts of a step pay unless the likeliest has at least this chance of being right
+    # A draft must have at least this chance of being right: they all have in the mean, if they pay, and where as many
+    # as come cheapest are verified the last one has.
+    least: float
 
     @staticmethod
     def of(base: int, step_ms: Floats, over_ms: float) -> Prices:
@@ -43,7 +46,8 @@ class Prices:
         times = step_ms[0] + (1 + _MARGIN) * (step_ms - step_ms[0]) + over_ms
         times[0] = step_ms[0]
         # What the chances of so many drafts have to be in the mean for them to be worth their time.
-        each = (times[1:] / times[0] - 1) * base / np.arange(1, len(times))
+        count = min(len(times), 1 + max(base, _SEVERAL))
+        each = (times[1:count] / times[0] - 1) * base / np.arange(1, count)
         return Prices(base, times.tolist(), float(each.min(initial=1.0)))
 
     def worth(self, promised: Promised) -> list[tuple[int, int]]:

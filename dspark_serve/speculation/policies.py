@@ -6,7 +6,6 @@ draft of a step is, in rejection mode, never that draft nor anything behind it.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dspark_serve.speculation.admission import HOLD, HURDLE, Admission, Allowance, Load
+from dspark_serve.speculation.admission import HOLD, HURDLE, Admission, Allowance, Load, all_greedy, context_of
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.copying import MOST, Lookups, Prices
@@ -104,14 +103,17 @@ class FixedBudget(KeepAll):
         return [min(n, self.count) for n in proposal.n_draft]
 
 
+_NOBODY = Members.of(())
+
+
 @dataclass
 class _Step:
     """What was decided in a step, until its outcome is known."""
 
     load: Load
-    rows: tuple[Row, ...]  # that might have drafted
-    members: Members  # theirs
-    context: int  # theirs
+    rows: tuple[Row, ...] = ()  # that might have drafted
+    members: Members = _NOBODY  # theirs
+    context: int = 0  # theirs
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
     signals: DraftSignals | None = None
@@ -153,7 +155,7 @@ class AutoBudget:
         self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
         self._lookup_ms = _LOOKUP_MS
         self._only_copies = False  # are drafted in this step
-        self._step = _Step(Load(0, 0, 0, True), (), Members.of(()), 0)
+        self._step = _Step(Load(0, 0, 0, True))
         self._probed_before: str | None = None  # in the step before
 
     @property
@@ -165,13 +167,18 @@ class AutoBudget:
 
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
-        self._resting = self._rest is not None and self._rest.goes_on(plan)
-        if self._resting:
+        rest = self._rest
+        self._resting = rest is not None and rest.goes_on(plan)
+        if rest is not None and self._resting:
+            if not rest.alike:
+                self._step = self._rested_step(plan)
+            elif self._step.load is not rest.load:
+                self._step = _Step(rest.load)
             return self._admitted(plan, plan.bare)
         self._probed_before = self._step.probed
         drafting = plan.drafting
-        members, context = self._who(drafting), _context(drafting)
-        self._step = step = _Step(Load.of(plan, members, context), drafting, members, context)
+        members, context = self._who(drafting), context_of(drafting)
+        self._step = step = _Step(Load.of(plan, members.greedy, context), drafting, members, context)
         if not drafting or (self._admission is None and self.lookups is None):
             return plan
         if self._admission is None:
@@ -182,6 +189,14 @@ class AutoBudget:
             return plan
         step.skipped["acceptance" if admitted.drafting else "cost"] = len(drafting) - admitted.drafting
         return self._admitted(plan, _with(plan, admitted.costly) if admitted.drafting else plan.bare)
+
+    def _rested_step(self, plan: Plan) -> _Step:
+        """One that is not like the others that it rests through: a prompt is read in it, or there are fewer rows."""
+        drafting = plan.drafting
+        step = _Step(Load.of(plan, all_greedy(drafting), context_of(drafting)))
+        if self._admission is not None and drafting:
+            step.skipped["cost"] = len(drafting)
+        return step
 
     def _admitted(self, plan: Plan, rows: tuple[Row, ...]) -> Plan:
         """rows: the plan's, of which only some may draft. Of the others those do that copy what is worth verifying."""
@@ -280,7 +295,7 @@ class AutoBudget:
         step, neural = self._step, rows
         if any([kind != self._costly for kind, _ in signals.groups]):
             neural = [row for row, kind in zip(rows, signals.kinds, strict=True) if kind == self._costly]
-        step.drafted = len(neural), step.context if neural is step.rows else _context(neural)
+        step.drafted = len(neural), step.context if neural is step.rows else context_of(neural)
         return self.cost.draft_ms(*step.drafted, step.load.greedy)
 
     # ---- after the step
@@ -298,13 +313,15 @@ class AutoBudget:
         if self._admission is not None and self._drafted_before is not None:
             self._admission.lesson.add(self._drafted_before, before_ms)
         step, load, kept, draft_ms = self._step, self._step.load, 0, 0.0
+        rest = self._rest if self._resting else None
         self._drafted_before = None if self._only_copies else step.signals is not None
         if self._only_copies:
             kept = sum([result.n_kept for result in results])
             if not plan.ahead:  # else a pass for the next step is in it
                 self._lookup_ms += _LOOKUP_GAIN * (min(propose_ms, _ODD_MS) - self._lookup_ms)
-        elif self._resting and self._rest is not None:
-            return self._rest.add(step_ms)
+        elif rest is not None and rest.alike:
+            rest.plain_ms.append(step_ms)
+            return rest.report
         elif step.signals is not None and step.said is not None:  # else there were no drafts
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
@@ -313,11 +330,13 @@ class AutoBudget:
             self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
         passed = step.drafted
         if plan.ahead is not None:  # what was drafted in this step is for the next
-            passed = len(plan.ahead), _context([plan.rows[index] for index in plan.ahead])
+            passed = len(plan.ahead), context_of([plan.rows[index] for index in plan.ahead])
         if passed[0]:
             draft_ms = self.cost.draft_ms(*passed, load.greedy)
         plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
-        rested_ms = self._learn_rest()  # in the order in which they were: what is slow now was slow then, or it was not
+        rested_ms = 0.0
+        if self._rest is not None:  # in the order in which they were: what is slow now was slow then, or it was not
+            rested_ms = self._rest.learn(self.cost, plan.rows)
         at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
         plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
@@ -326,29 +345,15 @@ class AutoBudget:
         report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
         # Predicted: a process that was stopped for a minute earned nothing.
         spent_ms = predicted_ms + draft_ms + rested_ms
-        if self._resting and self._rest is not None:
-            self._rest.add(None)
-        else:
-            self._rest = self._rest_after(plan, report)
+        if rest is None:
+            weighs = self._per_user or (self._admission is None and self.lookups is None)  # every step
+            self._rest = None if weighs else Rest.after(plan, load, report)
+        elif not rest.alike:
+            rest.looked(load, report)
         self._full.earn(spent_ms)
         if self._admission is not None:
             self._admission.learn(spent_ms, 0.0 if step.probed is None else max(propose_ms - draft_ms, 0.0))
         return report
-
-    def _rest_after(self, plan: Plan, report: BudgetReport) -> Rest | None:
-        if self._per_user or (self._admission is None and self.lookups is None):
-            return None
-        return Rest.after(plan, self._step.load, report)
-
-    def _learn_rest(self) -> float:
-        """From the steps without drafts that it rested through, as one; what they were to take, together."""
-        rest = self._rest
-        if rest is None or not rest.plain_ms:
-            return 0.0
-        load, times, ms = rest.load, len(rest.plain_ms), statistics.median(rest.plain_ms)
-        rest.plain_ms.clear()
-        context = load.context + rest.steps * load.rows
-        return times * self.cost.observe_step(load.tokens, load.rows, context, ms, load.greedy, times=times)
 
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""
@@ -360,7 +365,7 @@ class AutoBudget:
         if not decoding:
             return step_ms, 0.0
         rows = len(decoding)
-        return step_ms, self.cost.step_ms(rows, rows, _context(decoding), load.greedy) / rows
+        return step_ms, self.cost.step_ms(rows, rows, context_of(decoding), load.greedy) / rows
 
     def release(self, request_id: str) -> None:
         self._members.clear()
@@ -390,7 +395,3 @@ def _with(plan: Plan, costly: Bools) -> tuple[Row, ...]:
     return tuple(
         [row if row.max_drafts > 0 and next(decided) else bare for row, bare in zip(plan.rows, plan.bare, strict=True)]
     )
-
-
-def _context(rows: Sequence[Row]) -> int:
-    return sum([row.start for row in rows]) + len(rows)

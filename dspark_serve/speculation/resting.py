@@ -1,16 +1,19 @@
-"""Steps about which nothing needs to be decided: they are like the one before, in which nobody drafted.
+"""Steps that go as was decided before: nobody drafts with a pass of a model, and nothing is there to be weighed.
 
-A step's weights turn everything out of the caches, so that the fifty small things a budget looks at cost it two percent
-of a short step. Between looks it rests; what those steps took is learned together, so that none is left out.
-Must not know: torch, what a look is for.
+Where drafting does not pay, a budget that looks at every step all the same makes every step a percent longer, for
+nothing. So it stays decided for a while, through requests that end and others that begin; and what steps of as many
+decoding requests take is learned from all of them together. Must not know: drafters, what a look is for.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dspark_serve.speculation.admission import HOLD, Load
-from dspark_serve.types import BudgetReport, Plan, Request
+from dspark_serve.speculation.admission import ALIKE, HOLD, Load, all_greedy, context_of
+from dspark_serve.speculation.cost import CostModel
+from dspark_serve.types import BudgetReport, Plan, Request, Row
 
 _STEPS = HOLD - 1  # between two looks: for as long as what was decided at the last one
 
@@ -20,11 +23,17 @@ class Rest:
     """After a step of these requests, all of them decoding, in which nobody drafted with a pass of a model. What they
     copy is looked up and verified meanwhile."""
 
-    requests: list[Request]
-    load: Load  # that step's
+    requests: list[Request]  # of the last step
+    load: Load  # of the last step that was looked at in which all were decoding
     report: BudgetReport  # on that step
-    steps: int = 0  # since then
-    plain_ms: list[float] = field(default_factory=list)  # what each of those took in which nothing was drafted
+    steps: int = 0  # since it began
+    alike: bool = True  # nothing about this step is new
+    plain_ms: list[float] = field(default_factory=list)  # of such steps, those in which nothing was drafted
+    _known: frozenset[Request] = field(init=False)  # who it was decided about
+    _greedy: bool = field(init=False)  # all of the last step
+
+    def __post_init__(self) -> None:
+        self._known, self._greedy = frozenset(self.requests), self.load.greedy
 
     @staticmethod
     def after(plan: Plan, load: Load, report: BudgetReport) -> Rest | None:
@@ -36,16 +45,34 @@ class Rest:
         return Rest([row.request for row in plan.rows], load, report)
 
     def goes_on(self, plan: Plan) -> bool:
-        """Whether a step with `plan` is like the one that this began with."""
-        return (
-            self.steps < _STEPS
-            and [row.request for row in plan.rows] == self.requests
-            and all([row.length == 1 for row in plan.rows])
-        )
-
-    def add(self, ms: float | None) -> BudgetReport:
-        """One more step, which took so long; None of one with drafts."""
+        """Whether what was decided goes for a step with `plan`: it is not long ago, and most are still the same.
+        `alike` is that step's from now on."""
+        if self.steps >= _STEPS:
+            return False
         self.steps += 1
-        if ms is not None:
-            self.plain_ms.append(ms)
-        return self.report
+        rows, known = plan.rows, self._known
+        requests = [row.request for row in rows]
+        if requests != self.requests:
+            strangers = len(rows) - sum([request in known for request in requests])
+            if max(strangers, abs(len(rows) - len(known))) * ALIKE > len(known):
+                return False
+            self.requests, self._greedy = requests, all_greedy(rows)
+        decoding = len(rows) == self.load.rows and all([row.length == 1 for row in rows])
+        self.alike = decoding and self._greedy == self.load.greedy
+        return True
+
+    def looked(self, load: Load, report: BudgetReport) -> None:
+        """A step in between was looked at."""
+        if load.tokens == load.rows:
+            self.load, self.report = load, report
+
+    def learn(self, cost: CostModel, rows: Sequence[Row]) -> float:
+        """From the steps without drafts since the last time, as one; what they were to take, together. rows: of the
+        step after them."""
+        if not self.plain_ms:
+            return 0.0
+        load, times, ms = self.load, len(self.plain_ms), statistics.median(self.plain_ms)
+        self.plain_ms.clear()
+        now = context_of(rows) * load.rows // len(rows)
+        middle = (load.context + now) // 2
+        return times * cost.observe_step(load.tokens, load.rows, middle, ms, load.greedy, times=times)
