@@ -19,7 +19,7 @@ _FIRST_GUESS = (0.25, 0.4, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92)
 _GUESSED = 8.0  # copies seen at which they count as much as the first guess
 _DECAY = 0.995  # of old evidence, per copy of that length
 _SUREST, _SLIGHT = 0.99, 0.05  # no chance is more; what has less is of no use to anybody
-_HIGH, _LATE = 0.6, 4  # where no less is of use, all drafts save little, and a copy may be noticed a few tokens late
+_FEW = 8  # tokens that are followed one by one; more are only remembered, which takes a fifth of the time
 _BITS = 20  # of a token id in the number of a run
 _PLACES = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))  # by length
 
@@ -95,7 +95,7 @@ class Copies:
         tokens are all right: as many as have that chance, and as the row may draft.
 
         A text whose copy would have to go on for longer to have it is not looked at until then: after a pass of the
-        target little of it is left in any cache, and a look takes 5 microseconds.
+        target little of it is left in any cache, and a look takes 5 us.
         """
         found: list[tuple[int, list[float]]] = []
         due = self._due
@@ -110,15 +110,20 @@ class Copies:
                 found.append((index, _survival(text, chance, most, max(least, _SLIGHT))))
             else:
                 missing = text.odds.length_for(least) - max(text.length, self._longest)
-                due[request] = text.read + max(missing, _LATE if least > _HIGH else 1)
+                due[request] = text.read + max(missing, 1)
         return found
 
     def _read(self, request: Request) -> _Text:
         """The request's text, with all its tokens read."""
         tokens, size, last = request.token_ids, self._shortest, self._last
-        text = self._texts.get(request.request_id)
+        text, most = self._texts.get(request.request_id), self._longest
         if text is None:
-            text = self._texts[request.request_id] = self._begun(request)
+            odds = self._odds.setdefault(temperature_range(request.params.temperature), _Odds())
+            text = self._texts[request.request_id] = _Text(request, odds)
+            self._skim(text, tokens)  # how copies within a prompt went on is no answer's way
+        elif len(tokens) - text.read > _FEW:
+            self._skim(text, tokens)
+            most = _LENGTHS[-1]  # what it copies may have gone on for long
         odds, follow, run, source, length = text.odds, text.follow, text.run, text.source, text.length
         for end, token in enumerate(tokens[text.read :], text.read + 1):
             if source:
@@ -131,26 +136,23 @@ class Copies:
             before = follow.get(run)
             follow[run] = end
             if before is not None and not source:
-                source, length = before, self._agreeing(tokens, before, end)
+                source, length = before, self._agreeing(tokens, before, end, most)
         text.read, text.run, text.source, text.length = len(tokens), run, source, length
         return text
 
-    def _begun(self, request: Request) -> _Text:
-        """A text of which all was read but its last token: how copies within a prompt went on is no answer's way."""
-        text = _Text(request, self._odds.setdefault(temperature_range(request.params.temperature), _Odds()))
-        follow, run, size, last = text.follow, 0, self._shortest, self._last
-        text.read = len(request.token_ids) - 1
-        for end, token in enumerate(request.token_ids[: text.read], 1):
+    def _skim(self, text: _Text, tokens: Sequence[int]) -> None:
+        """Reads all but the last token, without looking for what they copy."""
+        follow, run, size, last, read = text.follow, text.run, self._shortest, self._last, len(tokens) - 1
+        for end, token in enumerate(tokens[text.read : read], text.read + 1):
             run = (run << _BITS | token) & last
             if end >= size:
                 follow[run] = end
-        text.run = run
-        return text
+        text.read, text.run, text.source, text.length = read, run, 0, 0
 
-    def _agreeing(self, tokens: Sequence[int], one: int, other: int) -> int:
-        """Tokens that agree before these two positions; the last `shortest` of them do."""
+    def _agreeing(self, tokens: Sequence[int], one: int, other: int, most: int) -> int:
+        """Tokens that agree before these two positions, up to `most`; the last `shortest` of them do."""
         length = self._shortest
-        while length < min(self._longest, one) and tokens[one - length - 1] == tokens[other - length - 1]:
+        while length < min(most, one) and tokens[one - length - 1] == tokens[other - length - 1]:
             length += 1
         return length
 

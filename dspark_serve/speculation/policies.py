@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dspark_serve.speculation.admission import HOLD, HURDLE, Admission, Allowance, Load, all_greedy, context_of
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
-from dspark_serve.speculation.copying import MOST, Lookups, Prices
+from dspark_serve.speculation.copying import MOST, Looks, Lookups, Prices
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.recent import Members
 from dspark_serve.speculation.resting import Rest
@@ -153,7 +153,7 @@ class AutoBudget:
         self._rest: Rest | None = None
         self._resting = False  # in this step
         self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
-        self._lookup_ms = _LOOKUP_MS
+        self._looks, self._lookup_ms = Looks(), _LOOKUP_MS
         self._only_copies = False  # are drafted in this step
         self._step = _Step(Load(0, 0, 0, True))
         self._probed_before: str | None = None  # in the step before
@@ -217,10 +217,12 @@ class AutoBudget:
         if self._per_user:  # what is worth it is to be seen with all drafts there are
             return [(index, len(chances)) for index, chances in self.lookups.promised(plan.rows, 0.0)]
         prices = self._prices_of(self._step.load)
-        if prices.least >= 1:
+        if not self._looks.due(self._steps, prices.least):
             return ()
         promised = self.lookups.promised(plan.rows, prices.least)
-        return prices.worth(promised) if promised else ()
+        worth = prices.worth(promised) if promised else []
+        self._looks.looked(self._steps, bool(worth))
+        return worth
 
     def _prices_of(self, load: Load) -> Prices:
         if self._prices is None or self._steps >= self._prices[1] or not load.like(self._prices[0]):
@@ -347,7 +349,7 @@ class AutoBudget:
         spent_ms = predicted_ms + draft_ms + rested_ms
         if rest is None:
             weighs = self._per_user or (self._admission is None and self.lookups is None)  # every step
-            self._rest = None if weighs else Rest.after(plan, load, report)
+            self._rest = None if weighs else Rest.after(plan, step.rows, load, report)
         elif not rest.alike:
             rest.looked(load, report)
         self._full.earn(spent_ms)

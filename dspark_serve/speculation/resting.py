@@ -20,29 +20,25 @@ _STEPS = HOLD - 1  # between two looks: for as long as what was decided at the l
 
 @dataclass
 class Rest:
-    """After a step of these requests, all of them decoding, in which nobody drafted with a pass of a model. What they
-    copy is looked up and verified meanwhile."""
+    """After a step of these requests in which nobody drafted with a pass of a model. What they copy is looked up and
+    verified meanwhile."""
 
-    requests: list[Request]  # of the last step
-    load: Load  # of the last step that was looked at in which all were decoding
+    known: frozenset[Request]  # whom it was decided about
+    load: Load  # of the last step that was looked at, if there was one since in which all were decoding: of that
     report: BudgetReport  # on that step
+    requests: list[Request] = field(default_factory=list)  # of the last step
     steps: int = 0  # since it began
     alike: bool = True  # nothing about this step is new
     plain_ms: list[float] = field(default_factory=list)  # of such steps, those in which nothing was drafted
-    _known: frozenset[Request] = field(init=False)  # who it was decided about
-    _greedy: bool = field(init=False)  # all of the last step
-
-    def __post_init__(self) -> None:
-        self._known, self._greedy = frozenset(self.requests), self.load.greedy
+    _greedy: bool | None = None  # all of the last step; None: not asked yet
 
     @staticmethod
-    def after(plan: Plan, load: Load, report: BudgetReport) -> Rest | None:
-        """None if the step with `plan`, as it was admitted, is not one to rest after."""
-        if plan.ahead or load.tokens != load.rows or not load.rows:
+    def after(plan: Plan, decided: Sequence[Row], load: Load, report: BudgetReport) -> Rest | None:
+        """None if the step with `plan`, as it was admitted, is not one to rest after. decided: its rows that might have
+        drafted."""
+        if not decided or plan.ahead or not all([row.lookup_only for row in plan.drafting]):
             return None
-        if not all([row.lookup_only for row in plan.drafting]):
-            return None
-        return Rest([row.request for row in plan.rows], load, report)
+        return Rest(frozenset([row.request for row in decided]), load, report)
 
     def goes_on(self, plan: Plan) -> bool:
         """Whether what was decided goes for a step with `plan`: it is not long ago, and most are still the same.
@@ -50,20 +46,27 @@ class Rest:
         if self.steps >= _STEPS:
             return False
         self.steps += 1
-        rows, known = plan.rows, self._known
+        rows, known = plan.rows, self.known
         requests = [row.request for row in rows]
         if requests != self.requests:
             strangers = len(rows) - sum([request in known for request in requests])
             if max(strangers, abs(len(rows) - len(known))) * ALIKE > len(known):
                 return False
-            self.requests, self._greedy = requests, all_greedy(rows)
-        decoding = len(rows) == self.load.rows and all([row.length == 1 for row in rows])
-        self.alike = decoding and self._greedy == self.load.greedy
+            self.requests, self._greedy = requests, None
+        self.alike = self._is_alike(rows)
         return True
+
+    def _is_alike(self, rows: Sequence[Row]) -> bool:
+        load = self.load
+        if load.tokens != load.rows or len(rows) != load.rows or not all([row.length == 1 for row in rows]):
+            return False
+        if self._greedy is None:
+            self._greedy = all_greedy(rows)
+        return self._greedy == load.greedy
 
     def looked(self, load: Load, report: BudgetReport) -> None:
         """A step in between was looked at."""
-        if load.tokens == load.rows:
+        if load.tokens == load.rows or self.load.tokens != self.load.rows:
             self.load, self.report = load, report
 
     def learn(self, cost: CostModel, rows: Sequence[Row]) -> float:

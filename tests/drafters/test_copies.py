@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_serve.drafters.copies import _DECAY, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
+from dspark_serve.drafters.copies import _DECAY, _FEW, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
 from dspark_serve.types import Request, Row, SamplingParams
 
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=60)
 
 
 def request_of(tokens, name="r", temperature=0.0):
@@ -23,25 +23,36 @@ def row_of(request, max_drafts=16):
 class Slow:
     """One text, read anew from its beginning every time."""
 
-    def __init__(self, tokens, shortest, longest, first):
-        """first: tokens that were there when it was first looked at."""
+    def __init__(self, tokens, shortest, longest, stops):
+        """stops: how many tokens there were each time that it was looked at, the last time all of them."""
         self.source = self.length = 0
         self.outcomes = []  # (length, whether the copy went on)
-        for end in range(first, len(tokens) + 1):
-            if self.source:
-                went_on = tokens[self.source] == tokens[end - 1]
-                self.outcomes.append((self.length, went_on))
-                self.source, self.length = (self.source + 1, self.length + 1) if went_on else (0, 0)
-            if not self.source and end >= shortest:
-                run = tokens[end - shortest : end]
-                for place in range(end - 1, shortest - 1, -1):  # the latest first
-                    if tokens[place - shortest : place] == run:
-                        self.source, self.length = place, shortest
-                        while self.length < min(longest, place) and (
-                            tokens[place - self.length - 1] == tokens[end - self.length - 1]
-                        ):
-                            self.length += 1
-                        break
+        self._tokens, self._shortest, read = tokens, shortest, 0
+        for stop in stops:
+            if not read or stop - read > _FEW:
+                self.source = self.length = 0
+                self._read(stop, _LENGTHS[-1] if read else longest)
+            else:
+                for end in range(read + 1, stop + 1):
+                    self._read(end, longest)
+            read = stop
+
+    def _read(self, end, longest):
+        tokens, shortest = self._tokens, self._shortest
+        if self.source:
+            went_on = tokens[self.source] == tokens[end - 1]
+            self.outcomes.append((self.length, went_on))
+            self.source, self.length = (self.source + 1, self.length + 1) if went_on else (0, 0)
+        if not self.source and end >= shortest:
+            run = tokens[end - shortest : end]
+            for place in range(end - 1, shortest - 1, -1):  # the latest first
+                if tokens[place - shortest : place] == run:
+                    self.source, self.length = place, shortest
+                    while self.length < min(longest, place) and (
+                        tokens[place - self.length - 1] == tokens[end - self.length - 1]
+                    ):
+                        self.length += 1
+                    break
 
     def copied(self, tokens, count):
         endless = list(tokens)
@@ -56,9 +67,9 @@ def test_like_a_slow_search_however_often_it_is_read(tokens, shortest, more, dat
     copies = Copies(shortest, shortest + more)
     stops = sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=1)))
     request = request_of(tokens[: stops[0]])
-    for stop in stops:
+    for count, stop in enumerate(stops, 1):
         request.token_ids = tokens[:stop]
-        slow = Slow(tokens[:stop], shortest, shortest + more, stops[0])
+        slow = Slow(tokens[:stop], shortest, shortest + more, stops[:count])
         assert copies.tokens(request, 6) == slow.copied(tokens[:stop], 6)
         odds = copies._texts["r"].odds
         expected = expected_odds(slow.outcomes)
@@ -159,7 +170,7 @@ def test_a_text_is_looked_at_again_when_a_copy_could_have_gone_on_for_long_enoug
     assert looks == [20, 21, 22, 23]
     looks.clear()
     grow([103, 104, 105, 106], 0.7)
-    assert looks == [24]
+    assert looks == [24, 26]
     looks.clear()
     grow(range(200, 211), 0.9)
     assert looks == [28]
@@ -177,6 +188,25 @@ def test_a_text_is_looked_at_again_when_a_copy_could_have_gone_on_for_long_enoug
     copies.release("r")
     copies.promised([row_of(text)], 0.9)
     assert looks == [len(text.token_ids)]  # what was known of one that has ended says nothing of another
+
+
+def test_many_new_tokens_are_remembered_and_what_the_last_copies_may_have_gone_on_for_long():
+    copies = Copies(2, 5)
+    text = request_of([*range(30), 99])
+    copies.promised([row_of(text)], 0.5)
+    text.token_ids += [*range(_FEW)]
+    assert copies._read(text).length == _FEW  # followed one by one
+    tried = list(copies._texts["r"].odds.tried)
+    text.token_ids += [*range(_FEW, 2 * _FEW + 1), 50]
+    text.token_ids += [*range(3, 25)]
+    read = copies._read(text)
+    assert (read.source, read.length) == (25, _LENGTHS[-1])
+    assert copies.tokens(text, 3) == [25, 26, 27]
+    assert read.odds.tried == tried  # no copy was tried meanwhile
+    # All that it skipped is there: what came last is what is copied from.
+    text.token_ids += [50, 3]
+    assert copies.tokens(text, 2) == [4, 5]
+    assert copies._read(text).source == text.token_ids.index(50) + 2
 
 
 def test_how_long_a_copy_must_have_gone_on():

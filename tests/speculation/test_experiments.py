@@ -211,7 +211,7 @@ def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
     members = [Members.of(tuple(requests[first : first + 8])) for first in (0, 1)]
     costly = np.array([True, False, True, True, True, True, False, True])
     made = Admitted(costly)
-    held = _Held(PerRequest(), members[0], 8, made, until=50)
+    held = _Held(PerRequest(), members[0], 8, made, step=10, hold=40)
     assert held.still(members[0], 8, 10) is made
     like = held.still(members[1], 8, 10)
     assert like is not None
@@ -221,6 +221,24 @@ def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:
     assert held.still(members[0], 8, 50) is None
     assert held.still(members[0], 11, 12) is None  # three prompts beside eight rows
     assert held.still(Members.of(tuple(requests[:5])), 5, 12) is None
+
+
+@pytest.mark.parametrize(("rows", "first"), [(4, 16), (16, 4), (64, 2)])
+def test_many_rows_that_begin_to_draft_are_soon_looked_at_again_and_then_less_often(rows: int, first: int) -> None:
+    """Two steps of 64 rows tell as much as sixteen of four."""
+    server = served(lambda tokens: 50 + 0.1 * tokens, [0.9] * rows)
+    server.run(40)
+    admission = server.budget._admission
+    assert admission is not None
+    holds: list[int] = []
+    admission._held = None
+    while len(holds) < 5:
+        server.step()
+        assert server.drafted[-1] > 0.9 * rows
+        held = admission._held
+        if held.until - server.budget._steps == held.hold:  # type: ignore[attr-defined]
+            holds.append(held.hold)  # type: ignore[attr-defined]
+    assert holds == [min(first * 2**turn, 16) for turn in range(5)]
 
 
 def test_what_learning_takes_is_part_of_the_price() -> None:

@@ -4,6 +4,7 @@ nothing where there is nothing to copy."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dspark_serve.speculation.admission import HOLD
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.policies import AutoBudget
+from dspark_serve.speculation.resting import Rest
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams
 from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Repeats, Server, budget, cheap, cost, dear, drafting
@@ -72,7 +74,7 @@ def test_copies_that_begin_are_verified_in_that_very_step() -> None:
     """Though the budget rests: it looks at nothing else meanwhile."""
     server = without_probes(copying(0.0, noise=0.0))
     server.run(200)
-    while not server.budget._resting:
+    while not server.budget._resting or server.budget._rest.steps > 10:
         server.step()
     assert server.looked_up[-1] == 0
     server.budget.lookups.found = server.found = 0.9
@@ -80,6 +82,37 @@ def test_copies_that_begin_are_verified_in_that_very_step() -> None:
     assert server.budget._resting
     assert server.looked_up[-1] == 8
     assert sum(server.kept[-1]) == 8 * WIDTH
+
+
+def test_where_copies_save_little_they_are_looked_for_the_less_often_the_longer_it_was_in_vain() -> None:
+    server = without_probes(copying(0.0, dear, noise=0.0))
+    server.run(200)
+    looks: list[int] = []
+    server.budget.lookups.promised = lambda rows, least: looks.append(server.budget._steps) or []  # type: ignore[func-returns-value]
+    server.run(100)
+    assert {b - a for a, b in pairwise(looks)} == {17}
+    repeats = server.budget.lookups = Repeats(0.99)
+    server.found = 0.99
+    while not server.looked_up[-1]:
+        server.step()
+    assert [looked for looked in server.looked_up[-17:] if looked] == [8]
+    server.run(3)
+    assert server.looked_up[-3:] == [8, 8, 8]  # those go on for some steps
+    promised = repeats.promised
+    repeats.promised = lambda rows, least: looks.append(server.budget._steps) or promised(rows, least)  # type: ignore[func-returns-value,method-assign]
+    repeats.found = 0.0
+    looks.clear()
+    server.run(60)
+    assert [b - a for a, b in pairwise(looks)] == [5, 9, 17, 17]
+
+
+def test_where_copies_save_much_they_are_looked_for_in_every_step() -> None:
+    server = without_probes(copying(0.0, noise=0.0))
+    server.run(200)
+    looks: list[int] = []
+    server.budget.lookups.promised = lambda rows, least: looks.append(1) or []  # type: ignore[func-returns-value]
+    server.run(50)
+    assert len(looks) == 50
 
 
 def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None:
@@ -100,15 +133,15 @@ def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None
     assert run(100) < 0.1 * 8 * 50
 
 
-def test_steps_without_drafts_are_learned_as_one_beside_those_with() -> None:
+def test_steps_without_drafts_are_learned_as_one_beside_those_with(monkeypatch: pytest.MonkeyPatch) -> None:
     server = without_probes(copying(0.0, noise=0.0))
     server.run(200)
     while not server.budget._resting:
         server.step()
     server.budget._rest.plain_ms.clear()
     learned: list[float] = []
-    learn = server.budget._learn_rest
-    server.budget._learn_rest = lambda: learned.append(learn()) or learned[-1]
+    learn = Rest.learn
+    monkeypatch.setattr(Rest, "learn", lambda *rested: learned.append(learn(*rested)) or learned[-1])
     steps = 8 * HOLD
     for step in range(steps):
         server.budget.lookups.found = server.found = 0.9 * (step % 4 == 0)

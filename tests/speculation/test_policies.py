@@ -165,6 +165,8 @@ def test_a_decision_holds_until_the_rows_change() -> None:
 def test_reports_say_who_was_skipped_and_what_was_expected() -> None:
     server = served(cheap, [0.02] * 8)
     server.run(200)
+    server.budget._admission._probes.share = 0.0
+    server.run(70)
     plan = server.budget.admit(Plan(tuple(Row(request, 99, 1, True, WIDTH) for request in server.requests)))
     assert not plan.drafting
     report = server.budget.learn(plan, Proposal.empty(0), [RowResult((0,))] * 8, {"forward": cheap(8)})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.resting import _STEPS
-from dspark_serve.types import Plan, Request, Row, SamplingParams
-from tests.speculation.virtual_server import WIDTH, Server, budget, cost, dear, drafting, served
+from dspark_serve.tensors import Proposal
+from dspark_serve.types import BudgetReport, Plan, Request, Row, RowResult, SamplingParams
+from tests.speculation.virtual_server import WIDTH, Repeats, Server, budget, cost, dear, drafting, served
 
 
 @pytest.fixture
@@ -25,8 +27,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def resting(rows: int = 4) -> Server:
-    """Where drafting was given up, just after a look; no experiment is paid for."""
-    server = served(dear, [0.02] * rows, noise=0.0)
+    """Greedy requests, where drafting was given up, just after a look; no experiment is paid for."""
+    server = served(dear, [0.02] * rows, noise=0.0, temperature=0.0)
     admission = server.budget._admission
     assert admission is not None
     admission._probes.share = server.budget._full.share = 0.0
@@ -46,19 +48,19 @@ def test_one_step_in_many_is_looked_at_and_the_others_are_learned_as_one(looks: 
 
 def test_a_machine_that_slows_down_between_looks_is_followed() -> None:
     server = resting()
-    before_ms = server.budget.cost.step_ms(4, 4, 400)
+    before_ms = server.budget.cost.step_ms(4, 4, 400, greedy=True)
     server.step_ms = lambda tokens: 1.5 * dear(tokens)
     server.run(20 * (_STEPS + 1))
-    assert server.budget.cost.step_ms(4, 4, 400) == pytest.approx(1.5 * before_ms, rel=0.02)
+    assert server.budget.cost.step_ms(4, 4, 400, greedy=True) == pytest.approx(1.5 * before_ms, rel=0.02)
 
 
 def test_steps_that_were_rested_through_count_as_several() -> None:
     """As many as decide what the machine's present slowdown is."""
     server = resting()
-    before_ms = server.budget.cost.step_ms(4, 4, 400)
+    before_ms = server.budget.cost.step_ms(4, 4, 400, greedy=True)
     server.step_ms = lambda tokens: 1.5 * dear(tokens)
     server.run(_STEPS + 1)
-    assert server.budget.cost.step_ms(4, 4, 400) == pytest.approx(1.5 * before_ms, rel=0.1)
+    assert server.budget.cost.step_ms(4, 4, 400, greedy=True) == pytest.approx(1.5 * before_ms, rel=0.1)
 
 
 def test_experiments_are_earned_while_it_rests() -> None:
@@ -69,18 +71,137 @@ def test_experiments_are_earned_while_it_rests() -> None:
     assert probes.saved_ms == pytest.approx(0.01 * (server.now_ms - began_ms), rel=0.02)
 
 
-@pytest.mark.parametrize("change", ["nothing", "another request", "one less", "a prompt"])
-def test_any_change_ends_it(change: str) -> None:
-    server = resting()
-    plan = [Row(request, 99, 1, True, WIDTH) for request in server.requests]
-    if change == "another request":
-        plan[1] = Row(Request("r1", (1,), SamplingParams(), seed=9), 99, 1, True, WIDTH)
-    elif change == "one less":
-        plan.pop()
+def row(request: Request) -> Row:
+    return Row(request, 99, 1, True, WIDTH)
+
+
+def newcomer(name: str, temperature: float = 0.0) -> Request:
+    return Request(name, (1,), SamplingParams(temperature=temperature), seed=9)
+
+
+def took(server: Server, rows: list[Row], ms: float) -> BudgetReport:
+    """A step of these rows without drafts, as the budget sees it."""
+    plan = server.budget.admit(Plan(tuple(rows)))
+    assert not plan.drafting
+    proposal = Proposal.empty(0)
+    assert list(server.budget.choose(plan, proposal)) == []
+    report = server.budget.learn(plan, proposal, [RowResult((0,))] * len(rows), {"forward": ms, "propose": 0.01})
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on", "alike"),
+    [
+        ("nothing", True, True),
+        ("one another", True, True),
+        ("two others", True, True),
+        ("three others", False, None),
+        ("one less", True, False),
+        ("three less", False, None),
+        ("three more", False, None),
+        ("a prompt", True, False),
+        ("a hotter one", True, False),
+    ],
+)
+def test_it_goes_on_while_most_are_the_same(change: str, goes_on: bool, alike: bool | None) -> None:
+    server = resting(8)
+    rows = [row(request) for request in server.requests]
+    if "other" in change:
+        for place in range({"one": 1, "two": 2, "three": 3}[change.split()[0]]):
+            rows[place] = row(newcomer(f"r{place}"))  # ids are used again
+    elif "less" in change:
+        del rows[: {"one": 1, "three": 3}[change.split()[0]]]
+    elif "more" in change:
+        rows += [row(newcomer(name)) for name in "abc"]
     elif change == "a prompt":
-        plan[0] = Row(server.requests[0], 0, 7, False)
-    server.budget.admit(Plan(tuple(plan)))
-    assert server.budget._resting == (change == "nothing")
+        rows[0] = Row(newcomer("a"), 0, 7, False)
+    elif change == "a hotter one":
+        rows[0] = row(newcomer("a", temperature=1.0))
+    server.budget.admit(Plan(tuple(rows)))
+    assert server.budget._resting == goes_on
+    if alike is not None:
+        assert server.budget._rest.alike == alike  # type: ignore[union-attr]
+
+
+def test_steps_that_are_not_like_the_others_are_looked_at(looks: list[float]) -> None:
+    server = resting(8)
+    rows, dear_ms = [row(request) for request in server.requests], dear(8)
+    known = server.budget._rest.report  # type: ignore[union-attr]
+    looks.clear()
+    assert took(server, rows, dear_ms) is known
+    assert took(server, rows, dear_ms) is known
+    assert not looks
+    with_prompt = took(server, [Row(newcomer("a"), 0, 7, False), *rows[1:]], dear(14))
+    assert looks == [dear_ms, dear(14)]  # in the order in which they were
+    assert with_prompt.predicted_step_ms == pytest.approx(dear(14), rel=0.05)
+    assert with_prompt.plain_token_ms == pytest.approx(dear(7) / 7, rel=0.05)
+    assert with_prompt.skipped == {"cost": 7}
+    assert took(server, [row(newcomer("a")), *rows[1:]], dear_ms) is known  # it has been read
+    fewer = took(server, rows[1:], dear(7))
+    assert looks == [dear_ms, dear(14), dear_ms, dear(7)]
+    assert fewer.predicted_step_ms == pytest.approx(dear(7), rel=0.05)
+    assert fewer.skipped == {"cost": 7}
+    assert took(server, rows[1:], dear(7)) is fewer  # from now on it is like that one
+    assert len(looks) == 4
+    assert server.budget._rest is not None
+    assert server.budget._rest.steps == 6
+
+
+@pytest.mark.parametrize("prompts", [1, 7, 8])
+def test_it_begins_beside_prompts_for_those_who_were_decided_about(prompts: int) -> None:
+    """Nothing was decided about those who were not asked for."""
+    server = resting(8)
+    server.budget._rest = None
+    rows = [Row(newcomer(f"r{n}"), 0, 7, False) if n < prompts else row(server.requests[n]) for n in range(8)]
+    took(server, rows, dear(8 + 6 * prompts))
+    assert (server.budget._rest is None) == (prompts == 8)
+    for place in range(prompts):
+        rows[place] = row(rows[place].request)
+    plan = server.budget.admit(Plan(tuple(rows)))
+    assert server.budget._resting == (prompts == 1)
+    if prompts == 1:
+        assert not server.budget._rest.alike  # type: ignore[union-attr]
+        assert not plan.drafting
+        took(server, rows, dear(8))
+        server.budget.admit(Plan(tuple(rows)))
+        assert server.budget._rest.alike  # type: ignore[union-attr]
+
+
+def test_a_step_with_a_prompt_is_not_what_later_ones_are_learned_as(looks: list[float]) -> None:
+    """Nor are copies that are verified in them."""
+    server = resting(8)
+    rows = [row(request) for request in server.requests]
+    took(server, [Row(newcomer("a"), 0, 7, False), *rows[1:]], dear(14))
+    tokens: list[int] = []
+    observe = server.budget.cost.observe_step
+    server.budget.cost.observe_step = lambda n, *rest, **more: tokens.append(n) or observe(n, *rest, **more)  # type: ignore[method-assign,func-returns-value]
+    took(server, rows, dear(8))
+    server.budget.lookups = Repeats(0.99)
+    server.budget._prices = None
+    plan = server.budget.admit(Plan(tuple(rows)))
+    assert server.budget._resting
+    assert len(plan.drafting) == 8
+    proposal = Proposal(torch.zeros((8, WIDTH), dtype=torch.int64), (WIDTH,) * 8)
+    kept = server.budget.choose(plan, proposal)
+    took_ms = {"forward": dear(8 + sum(kept)), "propose": 0.1}
+    server.budget.learn(plan, proposal, [RowResult((0,), n_kept=n) for n in kept], took_ms)
+    assert tokens == [8, 8 + sum(kept)]
+
+
+def test_who_rests_learns_at_contexts_between_then_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, contexts = resting(8), []
+    observe = CostModel.observe_step
+
+    def watched(self: CostModel, tokens: int, rows: int, context: int, *rest: float, **more: int) -> float:
+        contexts.append(context)
+        return observe(self, tokens, rows, context, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CostModel, "observe_step", watched)
+    took(server, [Row(request, 99, 1, True, WIDTH) for request in server.requests], dear(8))
+    later = [Row(request, 299, 1, True, WIDTH) for request in server.requests[1:]]
+    took(server, later, dear(7))
+    assert contexts == [8 * 200, 7 * 300]
 
 
 def test_who_drafts_is_never_rested_from() -> None:
