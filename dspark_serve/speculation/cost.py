@@ -29,6 +29,8 @@ _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 # The first measurements of a bucket count for more, the n-th for 1 / (n + this), but not for much: what looks cheapest
 # is chosen, so every count that is underestimated by chance is found.
 _FIRST = 20.0
+_SHARED = 4  # changes after which those that all buckets have in common are told from each one's own
+_MOST_SEEN = 200.0  # measurements of a bucket that count for that
 _CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
 _LIMIT = math.log(8.0)  # of a correction
@@ -165,21 +167,41 @@ class _Curve:
 
 
 class _Factors:
-    """A correction per bucket of counts, kept as a factor per count: read whole in every step, written in one place."""
+    """A correction per bucket of counts, kept as a factor per count: read whole in every step, written in one place.
+
+    Most steps are of a few counts. What is found of those alone goes for all: the machine differs from the profile, not
+    the curve from its shape. Else every other count would look cheap where the usual one has turned out dear.
+    """
 
     def __init__(self, bucket: Ints) -> None:
         self.factor: Floats = np.ones(len(bucket))
-        self._bucket: list[int] = bucket.tolist()  # [counts], ascending
+        self._bucket = bucket  # [counts], ascending
         self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
-        self._seen = [0] * (self._bucket[-1] + 1)  # measurements of each bucket
+        self._own: Floats = np.zeros(bucket[-1] + 1)  # of each bucket, beside what all have in common
+        self._seen: Floats = np.zeros(bucket[-1] + 1)  # measurements of each bucket
+        self._common = 0.0
+        self._changes = 0
 
     def change(self, count: int, error: float, gain: float, times: int) -> None:
         """Move the correction of this count's bucket by a part of the error, in logarithms, so many times."""
-        bucket = self._bucket[count]
+        bucket = int(self._bucket[count])
         change = (1 - (1 - max(gain, 1 / (self._seen[bucket] + _FIRST))) ** times) * error
         self._seen[bucket] += times
-        moved = min(max(math.log(self.factor[count]) + change, -_LIMIT), _LIMIT)
-        self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
+        moved = min(max(self._common + float(self._own[bucket]) + change, -_LIMIT), _LIMIT)
+        self._own[bucket] = moved - self._common
+        self._changes += 1
+        if self._changes % _SHARED:
+            self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
+        else:
+            self._share()
+
+    def _share(self) -> None:
+        """Make the mean of all measurements what all buckets have in common, those of few measurements most."""
+        seen = np.minimum(self._seen, _MOST_SEEN)
+        mean = float(self._own @ seen) / float(seen.sum())
+        self._own -= mean * seen / (seen + _FIRST)
+        self._common += mean
+        self.factor = np.exp(self._common + self._own)[self._bucket]
 
 
 class CostModel:

@@ -82,6 +82,33 @@ def test_steps_teach_what_the_sweep_got_wrong() -> None:
     assert costs.noise < 0.12
 
 
+@pytest.mark.parametrize("seldom", [False, True])
+def test_what_is_found_of_the_usual_count_alone_goes_for_those_that_were_not_measured(seldom: bool) -> None:
+    """Eight rows take a quarter longer than in the profile, whatever is drafted: plain steps say so all the time. Were
+    it theirs alone, drafts would seem to come for next to nothing."""
+    costs = model()
+    before = costs.step_curve(8, 40, 8, 2048)
+    for step in range(900):
+        for rows, factor in ((1, 1.0), (1, 1.0), (8, 1.25)):  # most steps are as they were: it is not the machine
+            tokens = 16 if seldom and rows == 8 and step % 50 == 0 else rows
+            costs.observe_step(tokens, rows, 256 * rows, machine_ms(tokens, rows, 256 * rows) * factor)
+    assert costs.slowdown == pytest.approx(1.0, abs=0.02)
+    np.testing.assert_allclose(costs.step_curve(8, 40, 8, 2048), 1.25 * before, rtol=0.03)
+    assert costs.step_ms(1, 1, 256) == pytest.approx(machine_ms(1, 1, 256), rel=0.02)
+
+
+def test_what_is_different_about_one_count_stays_its_own() -> None:
+    costs = model()
+    for step in range(900):
+        for rows, tokens in ((1, 1), (1, 1), (8, 12 if step % 4 == 0 else 8)):
+            factor = 1.3 if tokens == 12 else 1.0
+            costs.observe_step(tokens, rows, 256 * rows, machine_ms(tokens, rows, 256 * rows) * factor)
+    assert costs.step_ms(12, 8, 2048) == pytest.approx(1.3 * machine_ms(12, 8, 2048), rel=0.03)
+    assert costs.step_ms(8, 8, 2048) == pytest.approx(machine_ms(8, 8, 2048), rel=0.03)
+    for tokens in (10, 16, 32):  # between the two
+        assert 1 <= costs.step_ms(tokens, 8, 2048) / machine_ms(tokens, 8, 2048) < 1.2
+
+
 def test_drafts_learn_too() -> None:
     costs = model()
     for _ in range(200):
