@@ -16,8 +16,9 @@ import numpy.typing as npt
 from dspark_serve.speculation.budget import rows_worth_drafting
 from dspark_serve.speculation.calibrate import DraftSignals
 from dspark_serve.speculation.cost import CostModel
+from dspark_serve.speculation.members import Members
 from dspark_serve.speculation.per_request import PerRequest
-from dspark_serve.speculation.recent import Members, Recent
+from dspark_serve.speculation.recent import Recent
 from dspark_serve.types import Plan, Row
 
 Floats = npt.NDArray[np.float64]

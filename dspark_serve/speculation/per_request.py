@@ -6,6 +6,7 @@ Must not know: what the numbers mean.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -37,16 +38,18 @@ class PerRequest:
         """Where these requests are in every column [requests]; a request not seen before gets a line of zeros."""
         lines = self._asked.get(requests)
         if lines is None:
-            places = list(map(self._line.get, requests))
-            if None in places:
-                places = [
-                    self._find(request) if place is None else place
-                    for request, place in zip(requests, places, strict=True)
-                ]
-            if len(self._asked) >= _BATCHES:
-                self._asked.clear()
-            lines = self._asked[requests] = np.array(places, dtype=np.int64)
+            places = map(self._line.get, requests, repeat(-1))
+            lines = np.fromiter(places, dtype=np.int64, count=len(requests))
+            for index in (lines < 0).nonzero()[0].tolist():
+                lines[index] = self._find(requests[index])
+            self.know(requests, lines)
         return lines
+
+    def know(self, requests: tuple[str, ...], lines: Ints) -> None:
+        """What `lines` has to say of these requests, until one is released."""
+        if len(self._asked) >= _BATCHES:
+            self._asked.clear()
+        self._asked[requests] = lines
 
     def column(self, name: str) -> Floats:
         """One number per line [lines]; to be changed in place, and not to be kept: `lines` may replace it."""

@@ -18,17 +18,16 @@ from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
 from dspark_serve.speculation.copying import MOST, Looks, Lookups, Prices
 from dspark_serve.speculation.cost import CostModel
-from dspark_serve.speculation.recent import Members
+from dspark_serve.speculation.members import Batches, Members
 from dspark_serve.speculation.resting import Rest
 from dspark_serve.tensors import Proposal
-from dspark_serve.types import BudgetReport, CostCurve, Plan, Request, Row, RowResult
+from dspark_serve.types import BudgetReport, CostCurve, Plan, Row, RowResult
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _FULL_SHARE = 0.003  # of the time: whole blocks verified, so that labels are not only of drafts that looked good
-_BATCHES = 4  # of requests whose facts are remembered: the same few come again and again
 _CURVE_POINTS = 48  # at most, of a curve to be shown
 _LOOKUP_MS = 0.2  # what a step in which somebody copies takes to look up, until it is measured
 _LOOKUP_GAIN = 0.05  # of that estimate, per measurement
@@ -114,6 +113,7 @@ class _Step:
     rows: tuple[Row, ...] = ()  # that might have drafted
     members: Members = _NOBODY  # theirs
     context: int = 0  # theirs
+    chosen: Bools | None = None  # those of them that draft with the costly drafter, where not all do
     skipped: dict[str, int] = field(default_factory=dict)
     probed: str | None = None
     signals: DraftSignals | None = None
@@ -147,7 +147,7 @@ class AutoBudget:
         self._full = Allowance(_FULL_SHARE)
         self._drafted_before: bool | None = False  # in the step before; None: it only copied
         self._admission = None if costly is None else Admission(cost, costly, calibrator.own)
-        self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
+        self._batches = Batches(calibrator.own)
         self._n_draft: tuple[tuple[int, ...], Ints] = (), np.zeros(0, dtype=np.int64)  # the last, which mostly stay
         self._steps = 0
         self._rest: Rest | None = None
@@ -177,7 +177,7 @@ class AutoBudget:
             return self._admitted(plan, plan.bare)
         self._probed_before = self._step.probed
         drafting = plan.drafting
-        members, context = self._who(drafting), context_of(drafting)
+        members, context = self._batches.of(drafting), context_of(drafting)
         self._step = step = _Step(Load.of(plan, members.greedy, context), drafting, members, context)
         if not drafting or (self._admission is None and self.lookups is None):
             return plan
@@ -188,7 +188,10 @@ class AutoBudget:
         if admitted.drafting == len(drafting):
             return plan
         step.skipped["acceptance" if admitted.drafting else "cost"] = len(drafting) - admitted.drafting
-        return self._admitted(plan, _with(plan, admitted.costly) if admitted.drafting else plan.bare)
+        if not admitted.drafting:
+            return self._admitted(plan, plan.bare)
+        step.chosen = admitted.costly
+        return self._admitted(plan, _with(plan, admitted.costly))
 
     def _rested_step(self, plan: Plan) -> _Step:
         """One that is not like the others that it rests through: a prompt is read in it, or there are fewer rows."""
@@ -231,16 +234,6 @@ class AutoBudget:
             self._prices = load, self._steps + HOLD, Prices.of(load.rows, times, over_ms)
         return self._prices[2]
 
-    def _who(self, rows: tuple[Row, ...]) -> Members:
-        requests = tuple([row.request for row in rows])
-        members = self._members.pop(requests, None)
-        if members is None:
-            members = Members.of(requests)
-            if len(self._members) >= _BATCHES:
-                del self._members[next(iter(self._members))]
-        self._members[requests] = members
-        return members
-
     # ---- after the draft, before verification
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
@@ -275,7 +268,13 @@ class AutoBudget:
         return counts
 
     def _signals(self, rows: tuple[Row, ...], proposal: Proposal, n_draft: Ints) -> DraftSignals:
-        members = self._step.members if rows is self._step.rows else self._who(rows)
+        step = self._step
+        if rows is step.rows:
+            members = step.members
+        elif step.chosen is not None:
+            members = self._batches.part(rows, step.members, step.chosen)
+        else:
+            members = self._batches.of(rows)
         confidence, largest = proposal.signals_to_host()
         return DraftSignals(
             requests=members.requests,
@@ -370,7 +369,7 @@ class AutoBudget:
         return step_ms, self.cost.step_ms(rows, rows, context_of(decoding), load.greedy) / rows
 
     def release(self, request_id: str) -> None:
-        self._members.clear()
+        self._batches.clear()
         if self._admission is not None:
             self._admission.release(request_id)
         self.calibrator.release(request_id)
@@ -393,7 +392,8 @@ class AutoBudget:
 
 def _with(plan: Plan, costly: Bools) -> tuple[Row, ...]:
     """The plan's rows, of which those may draft for which this says so [rows that might]."""
-    decided = iter(costly.tolist())
-    return tuple(
-        [row if row.max_drafts > 0 and next(decided) else bare for row, bare in zip(plan.rows, plan.bare, strict=True)]
-    )
+    decided = costly.tolist()
+    if len(decided) < len(plan.rows):
+        mine = iter(decided)
+        decided = [row.max_drafts > 0 and next(mine) for row in plan.rows]
+    return tuple([row if yes else bare for row, bare, yes in zip(plan.rows, plan.bare, decided, strict=True)])

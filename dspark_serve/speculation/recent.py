@@ -5,45 +5,22 @@ Must not know: torch, more of a request than its id and temperature, what drafti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from dspark_serve.speculation.budget import LEVELS, Drafted
 from dspark_serve.speculation.calibrate import DraftSignals
+from dspark_serve.speculation.members import Members
 from dspark_serve.speculation.per_request import PerRequest
-from dspark_serve.types import TEMPERATURE_RANGES, Request
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_RANGES = np.array(TEMPERATURE_RANGES)
 _SAMPLES = 64  # rows whose survival is remembered per temperature range
 _ENOUGH = 24  # of them before they decide anything: what is given up too soon is probed again only now and then
 _OWN_GAIN = 0.2  # of the estimate of a request's own survival, per draft
 _OTHERS = 4.0  # drafts of a request's own at which they count as much as those of all
 _MOST = 10.0  # times the usual survival
-
-
-@dataclass(frozen=True)
-class Members:
-    """What does not change about the requests of a batch."""
-
-    batch: tuple[Request, ...]  # [rows]
-    requests: tuple[str, ...]  # [rows] their ids
-    ranges: Ints  # [rows] see temperature_range
-    by_range: Mapping[int, slice | Ints]  # rows of each; mostly all are of one
-    greedy: bool  # all of them
-
-    @staticmethod
-    def of(requests: tuple[Request, ...]) -> Members:
-        ranges: Ints = _RANGES.searchsorted([request.params.temperature for request in requests])
-        found = sorted(set(ranges.tolist()))
-        rows = {level: slice(None) if len(found) == 1 else np.flatnonzero(ranges == level) for level in found}
-        ids = tuple([request.request_id for request in requests])
-        return Members(requests, ids, ranges, rows, found in ([], [0]))
 
 
 class Recent:

@@ -13,9 +13,9 @@ import pytest
 from dspark_serve.speculation import admission
 from dspark_serve.speculation.admission import HOLD, Admitted, Allowance, _Held
 from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.members import Members
 from dspark_serve.speculation.per_request import PerRequest
 from dspark_serve.speculation.policies import AutoBudget
-from dspark_serve.speculation.recent import Members
 from dspark_serve.types import Plan, Request, Row, SamplingParams, SpeculationParams
 from tests.speculation.virtual_server import WIDTH, Server, budget, cheap, cost, dear, drafting, served
 

@@ -7,7 +7,8 @@ import pytest
 
 from dspark_serve.speculation.budget import LEVELS, Drafted
 from dspark_serve.speculation.calibrate import DraftSignals
-from dspark_serve.speculation.recent import Members, Recent
+from dspark_serve.speculation.members import Members
+from dspark_serve.speculation.recent import Recent
 from dspark_serve.types import Request, SamplingParams, temperature_range
 
 WIDTH = 4

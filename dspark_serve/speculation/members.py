@@ -1,0 +1,92 @@
+"""What does not change about the requests of a batch: made once, and remembered while batches come again.
+
+Must not know: torch, more of a request than its id and temperature, what the facts are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_serve.speculation.per_request import PerRequest
+from dspark_serve.types import TEMPERATURE_RANGES, Request, Row
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_RANGES = np.array(TEMPERATURE_RANGES)
+_BATCHES = 4  # that are remembered: the same few come again and again
+
+
+@dataclass(frozen=True)
+class Members:
+    """What does not change about the requests of a batch."""
+
+    batch: tuple[Request, ...]  # [rows]
+    requests: tuple[str, ...]  # [rows] their ids
+    ranges: Ints  # [rows] see temperature_range
+    by_range: Mapping[int, slice | Ints]  # rows of each; mostly all are of one
+    greedy: bool  # all of them
+
+    @staticmethod
+    def of(requests: tuple[Request, ...]) -> Members:
+        ranges: Ints = _RANGES.searchsorted([request.params.temperature for request in requests])
+        return Members._of(requests, tuple([request.request_id for request in requests]), ranges)
+
+    @staticmethod
+    def _of(requests: tuple[Request, ...], ids: tuple[str, ...], ranges: Ints) -> Members:
+        if len(ids) and (ranges == ranges[0]).all():
+            level = int(ranges[0])
+            return Members(requests, ids, ranges, {level: slice(None)}, level == 0)
+        rows = {level: np.flatnonzero(ranges == level) for level in sorted(set(ranges.tolist()))}
+        return Members(requests, ids, ranges, rows, not ids)
+
+    def some(self, chosen: Bools) -> Members:
+        """Those for which this says so [rows]."""
+        which = chosen.tolist()
+        return Members._of(
+            tuple(compress(self.batch, which)), tuple(compress(self.requests, which)), self.ranges[chosen]
+        )
+
+
+class Batches:
+    """The last few batches.
+
+    own: where what is known of each request is kept; it is told where those of a part of a batch are.
+    """
+
+    def __init__(self, own: PerRequest) -> None:
+        self._own = own
+        self._members: dict[tuple[Request, ...], Members] = {}  # the least recently used first
+        self._part: tuple[Members, Bools, Members] | None = None  # the last: of which batch, who of it, they
+
+    def of(self, rows: Sequence[Row]) -> Members:
+        return self._of(tuple([row.request for row in rows]))
+
+    def _of(self, requests: tuple[Request, ...]) -> Members:
+        members = self._members.pop(requests, None)
+        if members is None:
+            members = Members.of(requests)
+            if len(self._members) >= _BATCHES:
+                del self._members[next(iter(self._members))]
+        self._members[requests] = members
+        return members
+
+    def part(self, rows: Sequence[Row], members: Members, chosen: Bools) -> Members:
+        """The same; but these rows are mostly those that were chosen of a batch, whose facts are there already."""
+        requests = tuple([row.request for row in rows])
+        if self._part is None or self._part[0] is not members or self._part[1] is not chosen:
+            some = members.some(chosen)
+            self._own.know(some.requests, self._own.lines(members.requests)[chosen])
+            self._part = members, chosen, some
+        some = self._part[2]
+        return some if some.batch == requests else self._of(requests)
+
+    def clear(self) -> None:
+        """Somebody is gone."""
+        self._members.clear()
+        self._part = None
