@@ -29,7 +29,7 @@ _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 # The first measurements of a bucket count for more, the n-th for 1 / (n + this), but not for much: what looks cheapest
 # is chosen, so every count that is underestimated by chance is found.
 _FIRST = 20.0
-_SHARED = 4  # changes after which those that all buckets have in common are told from each one's own
+_SHARED = 8  # changes of buckets after which those near them follow
 _MOST_SEEN = 200.0  # measurements of a bucket that count for that
 _CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
@@ -130,6 +130,7 @@ class _Curve:
             slope = max((times[-1] - times[middle]) / span, times[-1] / counts[-1] / 2)
             self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
         self._bucket = np.array([_bucket(count) for count in range(last + 1)])
+        self._near = _nearness(self._bucket)
         # Keys are pairs: the octave of rows (0 for drafts), and the octave of the mean context.
         self._by_count: dict[int, _Factors] = {}
         self._by_context: dict[tuple[int, int], float] = {}
@@ -160,7 +161,7 @@ class _Curve:
         error = min(max(error, -_CLIP), _CLIP)
         learned = self._by_count.get(key[0])
         if learned is None:
-            learned = self._by_count[key[0]] = _Factors(self._bucket)
+            learned = self._by_count[key[0]] = _Factors(self._bucket, self._near)
         learned.change(min(count, len(self._bucket) - 1), error, gain, times)
         change = (1 - (1 - _CONTEXT_GAIN * gain) ** times) * error
         self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
@@ -169,17 +170,17 @@ class _Curve:
 class _Factors:
     """A correction per bucket of counts, kept as a factor per count: read whole in every step, written in one place.
 
-    Most steps are of a few counts. What is found of those alone goes for all: the machine differs from the profile, not
-    the curve from its shape. Else every other count would look cheap where the usual one has turned out dear.
+    Most steps are of a few counts. What is found of those goes for the counts near them, too, until they are measured
+    themselves: mostly the machine differs from the profile, not the curve from its shape. Else every other count would
+    look cheap where the usual one has turned out dear.
     """
 
-    def __init__(self, bucket: Ints) -> None:
+    def __init__(self, bucket: Ints, near: Floats) -> None:
+        """bucket [counts], ascending. near [buckets, buckets]: how much the second one says of the first."""
         self.factor: Floats = np.ones(len(bucket))
-        self._bucket = bucket  # [counts], ascending
+        self._bucket, self._near = bucket, near
         self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
-        self._own: Floats = np.zeros(bucket[-1] + 1)  # of each bucket, beside what all have in common
-        self._seen: Floats = np.zeros(bucket[-1] + 1)  # measurements of each bucket
-        self._common = 0.0
+        self._value, self._seen, self._others = np.zeros((3, len(near)))  # correction; measurements; what others say
         self._changes = 0
 
     def change(self, count: int, error: float, gain: float, times: int) -> None:
@@ -187,8 +188,8 @@ class _Factors:
         bucket = int(self._bucket[count])
         change = (1 - (1 - max(gain, 1 / (self._seen[bucket] + _FIRST))) ** times) * error
         self._seen[bucket] += times
-        moved = min(max(self._common + float(self._own[bucket]) + change, -_LIMIT), _LIMIT)
-        self._own[bucket] = moved - self._common
+        moved = min(max(float(self._value[bucket]) + change, -_LIMIT), _LIMIT)
+        self._value[bucket] = moved
         self._changes += 1
         if self._changes % _SHARED:
             self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
@@ -196,12 +197,22 @@ class _Factors:
             self._share()
 
     def _share(self) -> None:
-        """Make the mean of all measurements what all buckets have in common, those of few measurements most."""
+        """Move every bucket as those near it have moved since the last time, the more the less was measured of it."""
         seen = np.minimum(self._seen, _MOST_SEEN)
-        mean = float(self._own @ seen) / float(seen.sum())
-        self._own -= mean * seen / (seen + _FIRST)
-        self._common += mean
-        self.factor = np.exp(self._common + self._own)[self._bucket]
+        weight = self._near @ seen
+        others = self._others.copy()
+        np.divide(self._near @ (seen * self._value), weight, out=others, where=weight > 0)
+        self._value += (others - self._others) * (_FIRST / (seen + _FIRST))
+        self._others = others
+        self.factor = np.exp(self._value)[self._bucket]
+
+
+def _nearness(buckets: Ints) -> Floats:
+    """How much each bucket says of each other [buckets, buckets]: a quarter of it where counts differ by twice."""
+    first = np.log2(np.maximum(buckets.searchsorted(np.arange(buckets[-1] + 1)), 1))
+    near: Floats = 0.25 ** np.abs(first[:, None] - first)
+    np.fill_diagonal(near, 0.0)
+    return near
 
 
 class CostModel:
