@@ -152,6 +152,14 @@ class Admitted:
         """How many they are."""
         return int(np.count_nonzero(self.costly))
 
+    def rows(self, plan: Plan) -> tuple[Row, ...]:
+        """The plan's rows, of which no others draft."""
+        decided = self.costly.tolist()
+        if len(decided) < len(plan.rows):
+            mine = iter(decided)
+            decided = [row.max_drafts > 0 and next(mine) for row in plan.rows]
+        return tuple([row if yes else bare for row, bare, yes in zip(plan.rows, plan.bare, decided, strict=True)])
+
 
 _DECISION = "decision"  # column: one of these, or 0 for a request about which there is none
 _NO, _YES = 1, 2

@@ -191,7 +191,7 @@ class AutoBudget:
         if not admitted.drafting:
             return self._admitted(plan, plan.bare)
         step.chosen = admitted.costly
-        return self._admitted(plan, _with(plan, admitted.costly))
+        return self._admitted(plan, admitted.rows(plan))
 
     def _rested_step(self, plan: Plan) -> _Step:
         """One that is not like the others that it rests through: a prompt is read in it, or there are fewer rows."""
@@ -334,13 +334,18 @@ class AutoBudget:
             passed = len(plan.ahead), context_of([plan.rows[index] for index in plan.ahead])
         if passed[0]:
             draft_ms = self.cost.draft_ms(*passed, load.greedy)
-        plain_ms = self._plain(plan) if kept or load.tokens > load.rows else None
-        rested_ms = 0.0
-        if self._rest is not None:  # in the order in which they were: what is slow now was slow then, or it was not
-            rested_ms = self._rest.learn(self.cost, plan.rows)
+        plain_ms: tuple[float, float] | None = None
+        rested_ms, token_ms = 0.0, 0.0
+        if rest is not None and not kept and load.tokens > load.rows:  # a prompt is read, and all else is as it was
+            token_ms = rest.report.plain_token_ms
+        else:
+            if self._rest is not None:  # in the order in which they were: what is slow now was slow then, or it was not
+                rested_ms = self._rest.learn(self.cost, plan.rows)
+            if kept or load.tokens > load.rows:
+                plain_ms = self._plain(plan)
         at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
-        plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
+        plain_ms = plain_ms or (predicted_ms, token_ms or predicted_ms / max(load.rows, 1))
         if draft_ms:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
         report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
@@ -388,12 +393,3 @@ class AutoBudget:
             draft_ms=self.cost.draft_ms(rows, load.context, load.greedy),
             slowdown=self.cost.slowdown,
         )
-
-
-def _with(plan: Plan, costly: Bools) -> tuple[Row, ...]:
-    """The plan's rows, of which those may draft for which this says so [rows that might]."""
-    decided = costly.tolist()
-    if len(decided) < len(plan.rows):
-        mine = iter(decided)
-        decided = [row.max_drafts > 0 and next(mine) for row in plan.rows]
-    return tuple([row if yes else bare for row, bare, yes in zip(plan.rows, plan.bare, decided, strict=True)])
