@@ -15,7 +15,6 @@ from dspark_serve.speculation.admission import ALIKE, HOLD, Load, all_greedy, co
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.types import BudgetReport, Plan, Request, Row
 
-_MANY = 8  # requests of which half may have ended: one more or less that is to draft does not say much about so many
 _STEPS = HOLD - 1  # between two looks: for as long as what was decided at the last one
 
 
@@ -51,7 +50,7 @@ class Rest:
         requests = [row.request for row in rows]
         if requests != self.requests:
             strangers = len(rows) - sum([request in known for request in requests])
-            if max(strangers, abs(len(rows) - len(known))) > len(known) // (ALIKE if len(known) < _MANY else 2):
+            if max(strangers, abs(len(rows) - len(known))) * ALIKE > len(known):
                 return False
             self.requests, self._greedy = requests, None
         self.alike = self._is_alike(rows)

@@ -147,7 +147,7 @@ def test_probes_are_cheaper_the_nearer_drafting_comes_to_paying() -> None:
     assert probes[1] > 2 * probes[0] > 0
 
 
-@pytest.mark.parametrize(("rows", "ended", "asks"), [(16, 8, 0), (16, 9, 1), (7, 1, 0), (7, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize(("rows", "ended", "asks"), [(16, 4, 0), (16, 5, 1), (7, 1, 0), (7, 2, 1), (3, 1, 1)])
 def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, asks: int) -> None:
     server = served(dear, [0.02] * rows)
     server.run(300)
