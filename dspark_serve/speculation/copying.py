@@ -20,9 +20,7 @@ Promised = Sequence[tuple[int, Sequence[float]]]
 
 MOST = 256  # drafts of a step
 _SEVERAL = 16  # drafts that copies of one row may have, and those of a batch hardly more: few rows copy at a time
-_DEAR = (
-    0.6  # where no draft pays that has less of a chance, all copies save little, and looking for them costs as much:
-)
+_DEAR = 0.6  # where no draft pays with less of a chance, copies save little, and to look for them takes about as much:
 _WAITS = 4, 16  # steps until the next look if one was in vain; at most, twice as many after each
 _MARGIN = 0.1  # of what drafts add to a step: costs are known to a few percent
 
