@@ -233,7 +233,7 @@ class Row(NamedTuple):
 
     `samples` is true when the row reaches the request's last known token (the anchor), so a token comes out of it.
     Only a row of one token that samples may carry drafts. `lookup_only`: drafts that cost a pass of a model would not
-    earn it. A tuple, because every step makes two or three per request, and a dataclass takes four times as long.
+    earn it. A tuple: every step makes two or three per request, and a frozen dataclass takes three times as long.
     """
 
     request: Request

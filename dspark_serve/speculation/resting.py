@@ -23,7 +23,7 @@ class Rest:
     """After a step of these requests in which nobody drafted with a pass of a model. What they copy is looked up and
     verified meanwhile."""
 
-    known: frozenset[Request]  # whom it was decided about
+    known: frozenset[Request]  # who was decoding then: it was decided about them, or there is nothing to decide
     load: Load  # of the last step that was looked at, if there was one since in which all were decoding: of that
     report: BudgetReport  # on that step
     requests: list[Request] = field(default_factory=list)  # of the last step
@@ -38,7 +38,7 @@ class Rest:
         drafted."""
         if not decided or plan.ahead or not all([row.lookup_only for row in plan.drafting]):
             return None
-        return Rest(frozenset([row.request for row in decided]), load, report)
+        return Rest(frozenset([row.request for row in plan.rows if row.length == 1 and row.samples]), load, report)
 
     def goes_on(self, plan: Plan) -> bool:
         """Whether what was decided goes for a step with `plan`: it is not long ago, and most are still the same.

@@ -168,6 +168,16 @@ def test_it_begins_beside_prompts_for_those_who_were_decided_about(prompts: int)
         assert server.budget._rest.alike  # type: ignore[union-attr]
 
 
+def test_it_goes_on_beside_requests_that_never_draft() -> None:
+    """There is nothing to be decided about them, however many they are."""
+    server = resting(8)
+    server.budget._rest = None
+    rows = [row(request)._replace(max_drafts=0 if n < 5 else WIDTH) for n, request in enumerate(server.requests)]
+    took(server, rows, dear(8))
+    server.budget.admit(Plan(tuple(rows)))
+    assert server.budget._resting
+
+
 def test_a_step_with_a_prompt_is_not_what_later_ones_are_learned_as(looks: list[float]) -> None:
     """Nor are copies that are verified in them."""
     server = resting(8)
