@@ -13,9 +13,12 @@ class Machine(Protocol):
     """What a step and a draft take, in milliseconds. A `CostModel` is one too: the machine that was profiled.
 
     draft_keys: what the drafts among a step's tokens see beside `context`, each the keys of its row once more.
+    silent: tokens after which nothing is drawn.
     """
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float: ...
+    def step_ms(
+        self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0, silent: int = 0
+    ) -> float: ...
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float: ...
 
@@ -137,8 +140,11 @@ class Roofline:
         drafted = self.draft.network.kv_bytes if self.draft is not None else 0.0
         return int(self.free_gb * 1e9 / (self.target.kv_bytes + drafted))
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float:
-        """A step over `tokens` in `rows`, to which `context` keys are visible in all: read once, whoever sees them."""
+    def step_ms(
+        self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0, silent: int = 0
+    ) -> float:
+        """A step over `tokens` in `rows`, to which `context` keys are visible in all: read once, whoever sees them.
+        Tokens count alike, whether the LM head sees them or not."""
         return self._pass_ms(self.target, tokens, context, tokens / rows)
 
     def draft_ms(self, rows: int, context: int, greedy: bool = False) -> float:

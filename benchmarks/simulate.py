@@ -127,15 +127,14 @@ def sampled(machine: Machine, scheduler: Scheduler, width: int, long_sweep: bool
     """
     wanted = shapes(SimpleNamespace(drafter=SimpleNamespace(width=width), scheduler=scheduler))  # type: ignore[arg-type]
     steps = [
-        Point(s.tokens, s.rows, s.keys, machine.step_ms(s.tokens, s.rows, s.row_keys, draft_keys=s.keys - s.row_keys))
-        for s in wanted
+        s.point(machine.step_ms(s.tokens, s.rows, s.keys, draft_keys=s.draft_keys, silent=s.silent)) for s in wanted
     ]
     tokens = max(point.count for point in steps)
     while long_sweep and tokens < scheduler.max_num_batched_tokens:
         tokens = min(2 * tokens, scheduler.max_num_batched_tokens)
-        steps.append(Point(tokens, 1, tokens, machine.step_ms(tokens, 1, tokens)))
+        steps.append(Point(tokens, 1, tokens, machine.step_ms(tokens, 1, tokens, silent=tokens), silent=tokens))
     decoding = [s for s in wanted if s.chunk == 1]
-    drafts = [Point(s.rows, s.rows, s.row_keys, machine.draft_ms(s.rows, s.row_keys)) for s in decoding]
+    drafts = [Point(s.rows, s.rows, s.keys, machine.draft_ms(s.rows, s.keys)) for s in decoding]
     return Profile(tuple(steps), tuple(point for point in drafts if point.ms > 0))
 
 

@@ -13,7 +13,7 @@ import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,8 +109,9 @@ class Timed:
     tokens: int
     rows: int
     context: int
-    draft_keys: int
     greedy: bool
+    draft_keys: int
+    silent: int
     ms: float
 
 
@@ -124,9 +125,7 @@ class Recording:
 
     def slowdown(self, machine: Machine) -> float:
         """Time that the steps took over what the machine says they would."""
-        said_ms = sum(
-            machine.step_ms(each.tokens, each.rows, each.context, each.greedy, each.draft_keys) for each in self.steps
-        )
+        said_ms = sum(machine.step_ms(*astuple(each)[:-1]) for each in self.steps)
         return sum(each.ms for each in self.steps) / said_ms
 
     def learn(
@@ -252,8 +251,7 @@ class SimulatedEngine:
         return results
 
     def _step_ms(self, plan: Plan, kept: Sequence[int]) -> float:
-        tokens, rows, context, draft_keys, greedy = _step(plan, kept)
-        return self.machine.step_ms(tokens, rows, context, greedy, draft_keys) * self._disturbance()
+        return self.machine.step_ms(*_step(plan, kept)) * self._disturbance()
 
     def _draft_ms(self, rows: Sequence[Row], proposal: Proposal) -> float:
         if proposal.drafters is not None:
@@ -271,18 +269,21 @@ class SimulatedEngine:
 _ONE, _NOTHING = RowResult((0,)), RowResult()
 
 
-def _step(plan: Plan, kept: Sequence[int]) -> tuple[int, int, int, int, bool]:
-    """Tokens, rows, keys that rows see, keys that drafts see, whether all are greedy. kept: of rows that draft."""
-    tokens = context = draft_keys = 0
+def _step(plan: Plan, kept: Sequence[int]) -> tuple[int, int, int, bool, int, int]:
+    """What a machine is asked: tokens, rows, keys that rows see, whether all are greedy, keys that drafts see, silent
+    tokens. kept: of rows that draft."""
+    tokens = context = draft_keys = silent = 0
     drafts = iter(kept)
     for row in plan.rows:
         tokens += row.length
+        silent += row.length - row.samples
         context += row.start
         if row.max_drafts:
             count = next(drafts)
             tokens += count
             draft_keys += count * (row.start + 1)
-    return tokens, len(plan.rows), context + sum(row.length for row in plan.rows), draft_keys, _greedy(plan.rows)
+    context += sum(row.length for row in plan.rows)
+    return tokens, len(plan.rows), context, _greedy(plan.rows), draft_keys, silent
 
 
 def _greedy(rows: Iterable[Row]) -> bool:

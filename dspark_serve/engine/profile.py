@@ -68,12 +68,22 @@ class Shape:
 
     @property
     def keys(self) -> int:
-        """As the cost model counts them, those that drafts see included."""
-        return self.row_keys * (1 + self.drafts)
+        """That the rows see."""
+        return self.rows * (self.context + self.chunk)
 
     @property
-    def row_keys(self) -> int:
-        return self.rows * (self.context + self.chunk)
+    def draft_keys(self) -> int:
+        """That the drafts see, each those of its row."""
+        return self.keys * self.drafts
+
+    @property
+    def silent(self) -> int:
+        """Tokens after which nothing is drawn."""
+        return self.rows * self.chunk if self.chunk > 1 else 0
+
+    def point(self, ms: float) -> Point:
+        """A step of this shape that took so long."""
+        return Point(self.tokens, self.rows, self.keys, ms, self.draft_keys, self.silent)
 
 
 def machine_profile(
@@ -134,6 +144,7 @@ def shapes(rig: Rig) -> list[Shape]:
     found += [Shape(4, drafts, context) for drafts in sorted({1, 3, width} & set(range(1, width + 1)))]
     found += [Shape(16, 1, context), Shape(16, min(3, width), context)]
     found += [Shape(8, 0, _LONG), Shape(2, 0, _LONG)]
+    found += [Shape(4, drafts, _LONG) for drafts in {1, 3, width} & set(range(1, width + 1))]
     found += _prompts(scheduler, width)
 
     def fits(shape: Shape) -> bool:
@@ -194,10 +205,10 @@ def sweep(rig: Rig, costly: str | None, seconds: float, clock: Callable[[], floa
     typical = _typical(found)
 
     def steps(which: str) -> tuple[Point, ...]:
-        return tuple(Point(s.tokens, s.rows, s.keys, getattr(t, which)) for s, t in typical.items())
+        return tuple(shape.point(getattr(times, which)) for shape, times in typical.items())
 
     def drafts(which: str) -> tuple[Point, ...]:
-        return tuple(Point(s.rows, s.rows, s.row_keys, ms) for s, t in typical.items() if (ms := getattr(t, which)) > 0)
+        return tuple(Point(s.rows, s.rows, s.keys, ms) for s, t in typical.items() if (ms := getattr(t, which)) > 0)
 
     return Profile(steps("step"), drafts("draft"), steps("greedy_step"), drafts("greedy_draft"))
 

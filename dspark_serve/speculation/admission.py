@@ -30,7 +30,7 @@ HURDLE = 0.02
 
 _PROBE_SHARE = 0.003  # of the time: drafts for rows that would not earn them, to learn whether they would now
 _LEAST_PRICE = 0.1  # of a probe, in times of what it takes: what it is expected to save is only expected
-_AT_BEST = 0.9  # chance of a draft, those before it accepted, that a probe may find at most
+_AT_BEST = 0.9  # chance of a draft, those before it accepted, that drafting may be found to have at most
 _PROBE_WEIGHT = 4  # a probe is rare, and is news
 HOLD = 64  # steps that a decision holds for while the rows are the same, if nobody is to draft;
 _HOLD_ONE, _HOLD_SEVERAL = 32, 16  # if one row is, or several: their blocks soon say whether that was right.
@@ -58,6 +58,7 @@ class Load:
     context: int
     greedy: bool  # all rows that sample
     keys_per_draft: float = 0.0  # that a draft sees, in the mean
+    silent: int = 0  # tokens after which nothing is drawn: of prompts, all but the last
 
     @staticmethod
     def of(plan: Plan, greedy: bool, context: int) -> Load:
@@ -68,21 +69,26 @@ class Load:
         rest = [row for row in plan.rows if row.max_drafts <= 0]
         tokens, starts = sum([row.length for row in rest]), sum([row.start for row in rest])
         greedy = greedy and all_greedy([row for row in rest if row.samples])
-        keys_per_draft = context / max(count, 1)
-        return Load(count + tokens, rows, context + tokens + starts, greedy, keys_per_draft)
+        silent = tokens - sum([row.samples for row in rest])
+        return Load(count + tokens, rows, context + tokens + starts, greedy, context / max(count, 1), silent)
 
     @property
     def decoding(self) -> Load:
         """The same once all have read their prompts."""
-        return replace(self, tokens=self.rows)
+        return replace(self, tokens=self.rows, silent=0)
 
     def like(self, other: Load) -> bool:
         """Whether they differ in no more than how far the rows have come."""
         return (self.rows, self.greedy) == (other.rows, other.greedy)
 
+    def step_ms(self, cost: CostModel, drafts: int = 0) -> float:
+        """What the step takes with so many drafts."""
+        keys = drafts * self.keys_per_draft
+        return cost.step_ms(self.tokens + drafts, self.rows, self.context, self.greedy, keys, self.silent)
+
     def plain_ms(self, cost: CostModel) -> float:
         """The first of `times`."""
-        plain_ms = cost.step_ms(self.tokens, self.rows, self.context, self.greedy)
+        plain_ms = self.step_ms(cost)
         if self.rows < self.tokens:
             plain_ms = min(plain_ms, cost.step_ms(self.rows, self.rows, self.context, self.greedy))
         return plain_ms
@@ -94,7 +100,8 @@ class Load:
         give, every draft would seem to come for nothing, though it costs what it costs in any other step.
         """
         last = self.tokens + drafts
-        times = cost.step_curve(self.tokens, last, self.rows, self.context, self.greedy, self.keys_per_draft)
+        each = self.keys_per_draft
+        times = cost.step_curve(self.tokens, last, self.rows, self.context, self.greedy, each, self.silent)
         if self.rows < self.tokens:
             alone_ms = cost.step_ms(self.rows, self.rows, self.context, self.greedy)  # has been seen often
             times += min(alone_ms - float(times[0]), 0.0)
@@ -223,7 +230,7 @@ class Admission:
     def decide(self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int) -> Admitted:
         """rows: those that may draft; members, context: theirs. load: the whole plan's. step: how many there have been.
 
-        Rows of which too little is known draft.
+        Rows of which too little is known draft, if that could pay at all.
         """
         held = None if self._held is None else self._held.still(members, load.rows, step)
         if held is not None:
@@ -255,7 +262,19 @@ class Admission:
         kept, gain, unknown = self._drafted.expected(members, limits)
         times = load.times(self._cost, int(limits.sum()))
         worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
-        return worth if unknown is None else worth | unknown
+        if unknown is None or not self._pays_at_best(load, len(limits), int(limits.max()), context):
+            return worth
+        return worth | unknown
+
+    def _pays_at_best(self, load: Load, rows: int, most: int, context: int) -> bool:
+        """Whether it would pay if so many rows, with so much context together, shared a pass, nine in ten drafts were
+        right, and of each row as many were verified as is best, up to `most`."""
+        drafts = np.arange(1, most + 1)
+        expected = load.rows + rows * (_AT_BEST**drafts).cumsum()
+        times = load.times(self._cost, rows * most)
+        draft_ms = self._cost.draft_ms(rows, context, load.greedy) + self.lesson.ms
+        rates = expected / (times[rows * drafts] + draft_ms)
+        return float(rates.max()) * float(times[0]) > (1 + HURDLE) * load.rows
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, plain_ms: float, gain: Floats, admitted: Admitted
@@ -264,7 +283,7 @@ class Admission:
 
         A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
         blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where drafts would not
-        pay if nine in ten of them were right, and all rows shared a pass, nothing is there to be learned.
+        pay at best, nothing is there to be learned.
         """
         costly = admitted.costly
         if costly.all():
@@ -275,11 +294,14 @@ class Admission:
         if last_steps[index] == np.inf:
             return admitted
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
-        context, verify_ms = rows[index].start + 1, self._verify_ms(load, drafts)
-        found = float((_AT_BEST ** np.arange(1, drafts + 1)).sum())
-        if found * plain_ms / load.rows <= verify_ms + self._pass_ms(load, len(rows), context) / len(rows):
+        context = rows[index].start + 1
+        if not self._pays_at_best(load, len(rows), drafts, context * len(rows)):
             return admitted
-        spent_ms = verify_ms + self._pass_ms(load, count, context) - self._pass_ms(load, count - 1, context)
+        spent_ms = (
+            self._verify_ms(load, drafts)
+            + self._pass_ms(load, count, context)
+            - self._pass_ms(load, count - 1, context)
+        )
         saved_ms = float(gain[index]) * plain_ms / load.rows
         if not self._probes.spend(max(spent_ms - saved_ms, _LEAST_PRICE * spent_ms)):
             return admitted
@@ -289,9 +311,7 @@ class Admission:
 
     def _verify_ms(self, load: Load, drafts: int) -> float:
         """What verifying so many drafts adds to a step."""
-        at = load.rows, load.context, load.greedy
-        steps = [self._cost.step_ms(load.tokens + n, *at, n * load.keys_per_draft) for n in (0, drafts)]
-        return max(steps[1] - steps[0], 0.0)
+        return max(load.step_ms(self._cost, drafts) - load.step_ms(self._cost), 0.0)
 
     def _pass_ms(self, load: Load, rows: int, context: int) -> float:
         """A pass for so many rows with so much context each."""

@@ -20,8 +20,6 @@ Promised = Sequence[tuple[int, Sequence[float]]]
 
 MOST = 256  # drafts of a step
 _SEVERAL = 16  # drafts that copies of one row may have, and those of a batch hardly more: few rows copy at a time
-_DEAR = 0.6  # where no draft pays with less of a chance, copies save little, and to look for them takes about as much:
-_WAITS = 4, 16  # steps until the next look if one was in vain; at most, twice as many after each
 _MARGIN = 0.1  # of what drafts add to a step: costs are known to a few percent
 
 
@@ -30,23 +28,6 @@ class Lookups(Protocol):
         """The rows, by index, whose copy goes on with at least this chance, with the chances that its first 1, 2, ...
         tokens are all right: as many as have that chance, and as the row may draft."""
         ...
-
-
-class Looks:
-    """When to look for copies. In every step where that pays; elsewhere the less often the longer it was in vain."""
-
-    def __init__(self) -> None:
-        self._next = self._wait = 0
-
-    def due(self, step: int, least: float) -> bool:
-        """least: see Prices."""
-        return least < 1 and (least <= _DEAR or step >= self._next)
-
-    def looked(self, step: int, found: bool) -> None:
-        """Whether anything was worth it: if so, it may be so in the next step as well."""
-        first, most = _WAITS
-        self._wait = 0 if found else min(max(2 * self._wait, first), most)
-        self._next = step + 1 + self._wait
 
 
 @dataclass(frozen=True)

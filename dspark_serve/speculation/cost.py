@@ -11,12 +11,15 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from dspark_serve.speculation.factors import MOST, Factors, nearness
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -26,15 +29,9 @@ _BUCKETS_PER_OCTAVE = 12  # beyond: a bucket per 6 %
 _WINDOW = 15  # measurements whose median is the machine's present slowdown
 _TOGETHER = 8  # steps that were measured together count as no more than so many: all may have been disturbed
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
-# The first measurements of a bucket count for more, the n-th for 1 / (n + this), but not for much: what looks cheapest
-# is chosen, so every count that is underestimated by chance is found.
-_FIRST = 20.0
-_SHARED = 8  # changes of buckets after which those near them follow
-_MOST_SEEN = 200.0  # measurements of a bucket that count for that
 _CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
-_LIMIT = math.log(8.0)  # of a correction
-_FORMAT = 5
+_FORMAT = 6
 
 _CURVES = ("steps", "drafts", "greedy_steps", "greedy_drafts")
 
@@ -45,17 +42,21 @@ logger = logging.getLogger(__name__)
 class Point:
     """One measurement. `count`: tokens of a step, or rows of a draft.
 
-    `context`: keys that are looked at: a row's once for all tokens of its prompt, and once more for every draft.
+    `context`: keys that its rows see, a row's once for all tokens of its prompt. `draft_keys`: those that the step's
+    drafts see, each its row's once more. `silent`: tokens after which nothing is drawn, as in a prompt.
     """
 
     count: int
     rows: int
     context: int
     ms: float
+    draft_keys: int = 0
+    silent: int = 0
 
     @property
     def usable(self) -> bool:
-        return math.isfinite(self.ms) and self.ms > 0 and min(self.count, self.rows) > 0 and self.context >= 0
+        least = min(self.count - 1, self.rows - 1, self.context, self.draft_keys, self.silent)
+        return math.isfinite(self.ms) and self.ms > 0 and least >= 0
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,19 @@ def save_profile(path: Path, key: Mapping[str, object], profile: Profile) -> Non
 
 
 class _Curve:
-    """Time by count: measured points joined by lines, plus a time per row and per key, times a correction per bucket.
+    """Time by count: measured points joined by lines, plus what rows, keys and silent tokens take, times a correction
+    per bucket.
 
     The base is what the profile says; corrections are logarithms, learned from steps.
     """
 
     def __init__(self, points: Sequence[Point], max_count: int) -> None:
         points = _quickest(points)
-        self._key_ms = _slope(points, "context")
-        self._row_ms = _slope(points, "rows", self._key_ms)
+        self._per = per = _Slopes.of(points)
         by_count: dict[int, list[float]] = {}
         for p in _shortest(points):  # long contexts tell what a key costs, and no more
-            by_count.setdefault(p.count, []).append(p.ms - self._key_ms * p.context - self._row_ms * p.rows)
+            ms = p.ms - per.ms(p.rows, p.context, p.draft_keys, p.silent)
+            by_count.setdefault(p.count, []).append(ms)
         counts = sorted(by_count)
         measured = np.array([max(statistics.median(by_count[count]), 1e-3) for count in counts])
         # What is done for more cannot take longer for less: a disturbed measurement gives way to those after it.
@@ -130,16 +132,26 @@ class _Curve:
             slope = max((times[-1] - times[middle]) / span, times[-1] / counts[-1] / 2)
             self._base[counts[-1] :] = times[-1] + slope * np.arange(last + 1 - counts[-1])
         self._bucket = np.array([_bucket(count) for count in range(last + 1)])
-        self._near = _nearness(self._bucket)
+        self._near = nearness(self._bucket)
         # Keys are pairs: the octave of rows (0 for drafts), and the octave of the mean context.
-        self._by_count: dict[int, _Factors] = {}
+        self._by_count: dict[int, Factors] = {}
         self._by_context: dict[tuple[int, int], float] = {}
 
     def times(
-        self, first: int, last: int, rows: int, context: float | Floats, key: tuple[int, int], slowdown: float
+        self,
+        first: int,
+        last: int,
+        rows: int,
+        context: float | Floats,
+        key: tuple[int, int],
+        slowdown: float,
+        draft_keys: float | Floats = 0.0,
+        silent: int = 0,
     ) -> Floats:
         """Milliseconds for first..last counts; the last known time goes on beyond."""
-        times: Floats = _between(first, last, self._base) + (self._row_ms * rows + self._key_ms * context)
+        per = self._per
+        keys_ms = per.key * context + per.draft_key * draft_keys
+        times: Floats = _between(first, last, self._base) + (per.ms(rows, 0.0, 0.0, silent) + keys_ms)
         learned = self._by_count.get(key[0])
         if learned is not None:
             times *= _between(first, last, learned.factor)
@@ -147,10 +159,18 @@ class _Curve:
         times *= slowdown
         return times
 
-    def time(self, count: int, rows: int, context: float, key: tuple[int, int]) -> float:
+    def time(
+        self,
+        count: int,
+        rows: int,
+        context: float,
+        key: tuple[int, int],
+        draft_keys: float = 0.0,
+        silent: int = 0,
+    ) -> float:
         """The same for one count, without the machine's slowdown."""
         count = min(count, len(self._base) - 1)
-        base = float(self._base[count]) + self._row_ms * rows + self._key_ms * context
+        base = float(self._base[count]) + self._per.ms(rows, context, draft_keys, silent)
         learned = self._by_count.get(key[0])
         if learned is None:
             return base
@@ -161,58 +181,10 @@ class _Curve:
         error = min(max(error, -_CLIP), _CLIP)
         learned = self._by_count.get(key[0])
         if learned is None:
-            learned = self._by_count[key[0]] = _Factors(self._bucket, self._near)
+            learned = self._by_count[key[0]] = Factors(self._bucket, self._near)
         learned.change(min(count, len(self._bucket) - 1), error, gain, times)
         change = (1 - (1 - _CONTEXT_GAIN * gain) ** times) * error
-        self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -_LIMIT), _LIMIT)
-
-
-class _Factors:
-    """A correction per bucket of counts, kept as a factor per count: read whole in every step, written in one place.
-
-    Most steps are of a few counts. What is found of those goes for the counts near them, too, until they are measured
-    themselves: mostly the machine differs from the profile, not the curve from its shape. Else every other count would
-    look cheap where the usual one has turned out dear.
-    """
-
-    def __init__(self, bucket: Ints, near: Floats) -> None:
-        """bucket [counts], ascending. near [buckets, buckets]: how much the second one says of the first."""
-        self.factor: Floats = np.ones(len(bucket))
-        self._bucket, self._near = bucket, near
-        self._bounds: list[int] = bucket.searchsorted(np.arange(bucket[-1] + 2)).tolist()  # first count of each bucket
-        self._value, self._seen, self._others = np.zeros((3, len(near)))  # correction; measurements; what others say
-        self._changes = 0
-
-    def change(self, count: int, error: float, gain: float, times: int) -> None:
-        """Move the correction of this count's bucket by a part of the error, in logarithms, so many times."""
-        bucket = int(self._bucket[count])
-        change = (1 - (1 - max(gain, 1 / (self._seen[bucket] + _FIRST))) ** times) * error
-        self._seen[bucket] += times
-        moved = min(max(float(self._value[bucket]) + change, -_LIMIT), _LIMIT)
-        self._value[bucket] = moved
-        self._changes += 1
-        if self._changes % _SHARED:
-            self.factor[self._bounds[bucket] : self._bounds[bucket + 1]] = math.exp(moved)
-        else:
-            self._share()
-
-    def _share(self) -> None:
-        """Move every bucket as those near it have moved since the last time, the more the less was measured of it."""
-        seen = np.minimum(self._seen, _MOST_SEEN)
-        weight = self._near @ seen
-        others = self._others.copy()
-        np.divide(self._near @ (seen * self._value), weight, out=others, where=weight > 0)
-        self._value += (others - self._others) * (_FIRST / (seen + _FIRST))
-        self._others = others
-        self.factor = np.exp(self._value)[self._bucket]
-
-
-def _nearness(buckets: Ints) -> Floats:
-    """How much each bucket says of each other [buckets, buckets]: a quarter of it where counts differ by twice."""
-    first = np.log2(np.maximum(buckets.searchsorted(np.arange(buckets[-1] + 1)), 1))
-    near: Floats = 0.25 ** np.abs(first[:, None] - first)
-    np.fill_diagonal(near, 0.0)
-    return near
+        self._by_context[key] = min(max(self._by_context.get(key, 0.0) + change, -MOST), MOST)
 
 
 class CostModel:
@@ -242,20 +214,31 @@ class CostModel:
         """Typical relative error of a prediction."""
         return self._noise
 
-    def step_ms(self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0) -> float:
+    def step_ms(
+        self, tokens: int, rows: int, context: int, greedy: bool = False, draft_keys: float = 0.0, silent: int = 0
+    ) -> float:
         """A step with this many tokens (drafts and prompt chunks included) in this many rows.
 
         context: keys that the rows see without their drafts. draft_keys: those that the drafts see, each its row's.
+        silent: tokens after which nothing is drawn.
         """
         key = _step_key(rows, context)
-        return self._steps[greedy].time(tokens, rows, context + draft_keys, key) * self.slowdown
+        return self._steps[greedy].time(tokens, rows, context, key, draft_keys, silent) * self.slowdown
 
     def step_curve(
-        self, first: int, last: int, rows: int, context: int, greedy: bool = False, keys_per_draft: float = 0.0
+        self,
+        first: int,
+        last: int,
+        rows: int,
+        context: int,
+        greedy: bool = False,
+        keys_per_draft: float = 0.0,
+        silent: int = 0,
     ) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1], the first without drafts."""
-        contexts: Floats = context + keys_per_draft * np.arange(last - first + 1.0)
-        times = self._steps[greedy].times(first, last, rows, contexts, _step_key(rows, context), self.slowdown)
+        draft_keys: Floats = keys_per_draft * np.arange(last - first + 1.0)
+        key = _step_key(rows, context)
+        times = self._steps[greedy].times(first, last, rows, context, key, self.slowdown, draft_keys, silent)
         # More tokens take no less time. Where fewer seem to take longer, they are what was measured of late, and the
         # others have not been: drafts would seem to save time even where none is accepted.
         found: Floats = np.maximum.accumulate(times)
@@ -284,12 +267,13 @@ class CostModel:
         ms: float,
         greedy: bool = False,
         draft_keys: float = 0.0,
+        silent: int = 0,
         times: int = 1,
     ) -> float:
         """A step took `ms`, drafting not included, or so many steps did, mostly. Returns what one was expected to take:
         step_ms until now."""
         key, curve = _step_key(rows, context), self._steps[greedy]
-        usual_ms = curve.time(tokens, rows, context + draft_keys, key)
+        usual_ms = curve.time(tokens, rows, context, key, draft_keys, silent)
         expected_ms = usual_ms * self.slowdown
         if _sane(tokens, rows, ms):
             ratio = math.log(ms / usual_ms)
@@ -300,7 +284,7 @@ class CostModel:
             curve.correct(tokens, key, ratio - self._slowdown, _GAIN, times)
             self._recent.append(ratio)
             if times > 1:  # as if they had come one after the other: the bucket has its part by now
-                left = math.log(ms / curve.time(tokens, rows, context + draft_keys, key))
+                left = math.log(ms / curve.time(tokens, rows, context, key, draft_keys, silent))
                 self._recent.extend([left] * (times - 1))
             self._slowdown = statistics.median(self._recent)
         return expected_ms
@@ -327,35 +311,60 @@ def _sane(count: int, rows: int, ms: float) -> bool:
     return math.isfinite(ms) and ms > 0 and count > 0 and rows > 0
 
 
+@dataclass(frozen=True)
+class _Slopes:
+    """What a step takes beside its tokens, in milliseconds each."""
+
+    row: float
+    key: float
+    draft_key: float
+    silent: float  # that a token takes less if nothing is drawn after it
+
+    @staticmethod
+    def of(points: Sequence[Point]) -> _Slopes:
+        plain = [p for p in points if not p.draft_keys]
+        key = _slope(plain, "context", lambda p: p.ms, ("rows", "silent")) or 0.0
+        # What a row has read is at hand for its drafts: on a CPU their keys cost a quarter to a third of its own.
+        found = _slope(points, "draft_keys", lambda p: p.ms - key * p.context, ("rows", "silent"))
+        draft_key = key if found is None else min(found, key)
+        row = _slope(points, "rows", lambda p: p.ms - key * p.context - draft_key * p.draft_keys, ("silent",)) or 0.0
+        rest = _Slopes(row, key, draft_key, 0.0)
+
+        def less(p: Point) -> float:
+            return rest.ms(p.rows, p.context, p.draft_keys, 0) - p.ms
+
+        return replace(rest, silent=_slope(points, "silent", less) or 0.0)
+
+    def ms(self, rows: int, context: float, draft_keys: float, silent: int) -> float:
+        return self.row * rows + self.key * context + self.draft_key * draft_keys - self.silent * silent
+
+
 def _quickest(points: Sequence[Point]) -> list[Point]:
     """Of points measured more than once the quickest: whatever disturbs a measurement makes it longer."""
-    least: dict[tuple[int, int, int], Point] = {}
+    least: dict[Point, Point] = {}
     for p in sorted((p for p in points if p.usable), key=lambda p: p.ms):
-        least.setdefault((p.count, p.rows, p.context), p)
+        least.setdefault(replace(p, ms=0.0), p)
     return list(least.values())
 
 
 def _shortest(points: Sequence[Point]) -> list[Point]:
     """Of points that differ in context only the one with the shortest."""
-    least: dict[tuple[int, int], Point] = {}
+    least: dict[tuple[int, int, int], Point] = {}
     for p in sorted(points, key=lambda p: p.context):
-        least.setdefault((p.count, p.rows), p)
+        least.setdefault((p.count, p.rows, p.silent), p)
     return list(least.values())
 
 
-def _slope(points: Sequence[Point], of: str, key_ms: float = 0.0) -> float:
-    """Time per row, or per key: the median over pairs of points that differ in it and are equal in count.
-
-    Where keys are asked for, rows must be equal too; where rows are asked for, `key_ms` is taken out first.
-    """
-    slopes = []
-    for i, a in enumerate(points):
-        for b in points[:i]:
-            distance = getattr(a, of) - getattr(b, of)
-            if a.count == b.count and distance and (of == "rows" or a.rows == b.rows):
-                keys = key_ms * (a.context - b.context)
-                slopes.append((a.ms - b.ms - (keys if of == "rows" else 0.0)) / distance)
-    return max(0.0, statistics.median(slopes)) if slopes else 0.0
+def _slope(points: Sequence[Point], of: str, ms: Callable[[Point], float], equal: Sequence[str] = ()) -> float | None:
+    """Time `ms` per one of what `of` names, 0 or more: the median over pairs of points that differ in it and are equal
+    in count, and in all that `equal` names. None without such pairs."""
+    slopes = [
+        (ms(a) - ms(b)) / distance
+        for a, b in combinations(points, 2)
+        if (distance := getattr(a, of) - getattr(b, of))
+        and all(getattr(a, name) == getattr(b, name) for name in ("count", *equal))
+    ]
+    return max(0.0, statistics.median(slopes)) if slopes else None
 
 
 def _between(first: int, last: int, values: Floats) -> Floats:

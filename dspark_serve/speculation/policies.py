@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dspark_serve.speculation.admission import HOLD, HURDLE, Admission, Allowance, Load, all_greedy, context_of
 from dspark_serve.speculation.budget import best_of_curve, early_stop, lift_slow_rows, survival_of
 from dspark_serve.speculation.calibrate import Calibrator, DraftSignals
-from dspark_serve.speculation.copying import MOST, Looks, Lookups, Prices
+from dspark_serve.speculation.copying import MOST, Lookups, Prices
 from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.members import Batches, Members
 from dspark_serve.speculation.resting import Rest
@@ -153,7 +153,7 @@ class AutoBudget:
         self._rest: Rest | None = None
         self._resting = False  # in this step
         self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
-        self._looks, self._lookup_ms = Looks(), _LOOKUP_MS
+        self._lookup_ms = _LOOKUP_MS
         self._only_copies = False  # are drafted in this step
         self._step = _Step(Load(0, 0, 0, True))
         self._probed_before: str | None = None  # in the step before
@@ -220,12 +220,10 @@ class AutoBudget:
         if self._per_user:  # what is worth it is to be seen with all drafts there are
             return [(index, len(chances)) for index, chances in self.lookups.promised(plan.rows, 0.0)]
         prices = self._prices_of(self._step.load)
-        if not self._looks.due(self._steps, prices.least):
+        if prices.least >= 1:
             return ()
         promised = self.lookups.promised(plan.rows, prices.least)
-        worth = prices.worth(promised) if promised else []
-        self._looks.looked(self._steps, bool(worth))
-        return worth
+        return prices.worth(promised) if promised else ()
 
     def _prices_of(self, load: Load) -> Prices:
         if self._prices is None or self._steps >= self._prices[1] or not load.like(self._prices[0]):
@@ -344,7 +342,7 @@ class AutoBudget:
             if kept or load.tokens > load.rows:
                 plain_ms = self._plain(plan)
         at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
-        predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft)
+        predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft, load.silent)
         plain_ms = plain_ms or (predicted_ms, token_ms or predicted_ms / max(load.rows, 1))
         if draft_ms:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
@@ -364,7 +362,7 @@ class AutoBudget:
     def _plain(self, plan: Plan) -> tuple[float, float]:
         """The step without drafts, and, per row, one of its decoding rows alone; in milliseconds."""
         load = self._step.load
-        step_ms = self.cost.step_ms(load.tokens, load.rows, load.context, load.greedy)
+        step_ms = load.step_ms(self.cost)
         if load.tokens == load.rows:  # they are alone
             return step_ms, step_ms / load.rows
         decoding = [row for row in plan.rows if row.length == 1 and row.samples]
@@ -384,7 +382,7 @@ class AutoBudget:
         rows = max(load.rows, 1)
         last = max(max_tokens, rows)
         tokens = np.unique(np.geomspace(rows, last, _CURVE_POINTS).round().astype(np.int64))
-        steps = self.cost.step_curve(rows, last, rows, load.context, load.greedy, load.keys_per_draft)
+        steps = self.cost.step_curve(rows, last, rows, load.context, load.greedy, load.keys_per_draft, load.silent)
         return CostCurve(
             rows=rows,
             context=load.context,

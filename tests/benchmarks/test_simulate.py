@@ -30,7 +30,7 @@ COSTS = CostModel(Profile((Point(1, 1, 0, 1.0),)), 256, 16)
 class Line:
     """A machine whose costs are easy to add up."""
 
-    def step_ms(self, tokens, rows, context, greedy=False, draft_keys=0.0):
+    def step_ms(self, tokens, rows, context, greedy=False, draft_keys=0.0, silent=0):
         return 3.0 + 0.25 * tokens + 0.001 * context
 
     def draft_ms(self, rows, context, greedy=False):

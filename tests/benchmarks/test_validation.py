@@ -33,7 +33,7 @@ LONGER = simulation.Round(-1, "head", 2, (0.5, 0.5))  # three
 class TenMs:
     """Every step takes 10 ms."""
 
-    def step_ms(self, tokens, rows, context, greedy=False, draft_keys=0.0):
+    def step_ms(self, tokens, rows, context, greedy=False, draft_keys=0.0, silent=0):
         return 10.0
 
 
@@ -56,7 +56,7 @@ class Says:
 def recording(took_ms, rounds=(ROUND, ROUND)):
     """Steps that took so long; ids as an engine gives them, which count up from anywhere."""
     seen = simulation.Recording(KeepAll(), simulation.Trace("head", 2))
-    seen.steps = [simulation.Timed(1, 1, 17, 0, False, ms) for ms in took_ms]
+    seen.steps = [simulation.Timed(1, 1, 17, False, 0, 0, ms) for ms in took_ms]
     seen.trace.rounds = {str(9 + index): [each] for index, each in enumerate(rounds)}
     return seen
 

@@ -122,8 +122,8 @@ def test_shapes_fit_where_they_are_measured():
         found = sweep(parts, None, 0.05)
         assert found.steps
     assert Shape(4, 2, 128).tokens == 12
-    assert Shape(4, 2, 128).row_keys == 4 * 129
-    assert Shape(4, 2, 128).keys == 4 * 129 * 3  # a draft sees what its row does
+    assert Shape(4, 2, 128).keys == 4 * 129
+    assert Shape(4, 2, 128).draft_keys == 4 * 129 * 2  # a draft sees what its row does
 
 
 def test_prompts_are_measured_up_to_the_most_tokens_of_a_step():

@@ -4,7 +4,6 @@ nothing where there is nothing to copy."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,30 +83,9 @@ def test_copies_that_begin_are_verified_in_that_very_step() -> None:
     assert sum(server.kept[-1]) == 8 * WIDTH
 
 
-def test_where_copies_save_little_they_are_looked_for_the_less_often_the_longer_it_was_in_vain() -> None:
-    server = without_probes(copying(0.0, dear, noise=0.0))
-    server.run(200)
-    looks: list[int] = []
-    server.budget.lookups.promised = lambda rows, least: looks.append(server.budget._steps) or []  # type: ignore[func-returns-value]
-    server.run(100)
-    assert {b - a for a, b in pairwise(looks)} == {17}
-    repeats = server.budget.lookups = Repeats(0.99)
-    server.found = 0.99
-    while not server.looked_up[-1]:
-        server.step()
-    assert [looked for looked in server.looked_up[-17:] if looked] == [8]
-    server.run(3)
-    assert server.looked_up[-3:] == [8, 8, 8]  # those go on for some steps
-    promised = repeats.promised
-    repeats.promised = lambda rows, least: looks.append(server.budget._steps) or promised(rows, least)  # type: ignore[func-returns-value,method-assign]
-    repeats.found = 0.0
-    looks.clear()
-    server.run(60)
-    assert [b - a for a, b in pairwise(looks)] == [5, 9, 17, 17]
-
-
-def test_where_copies_save_much_they_are_looked_for_in_every_step() -> None:
-    server = without_probes(copying(0.0, noise=0.0))
+@pytest.mark.parametrize("step_ms", [dear, cheap])
+def test_copies_are_looked_for_in_every_step(step_ms: Callable[[int], float]) -> None:
+    server = without_probes(copying(0.0, step_ms, noise=0.0))
     server.run(200)
     looks: list[int] = []
     server.budget.lookups.promised = lambda rows, least: looks.append(1) or []  # type: ignore[func-returns-value]
