@@ -226,6 +226,7 @@ class Admission:
         self._probes = Allowance(_PROBE_SHARE)
         self.lesson = Lesson()
         self._held: _Held | None = None
+        self._best: tuple[tuple[object, ...], int, bool] | None = None  # see _pays_at_best: of what, until when
 
     def decide(self, rows: Sequence[Row], members: Members, load: Load, context: int, step: int) -> Admitted:
         """rows: those that may draft; members, context: theirs. load: the whole plan's. step: how many there have been.
@@ -237,14 +238,17 @@ class Admission:
             return held
         limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
         least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
+        pays = self._pays_at_best(load, len(rows), int(limits.max()), context, step)
         gain = self._drafted.whole(members, limits)
+        if not pays:
+            gain[np.isinf(gain)] = 0.0
         if _may_pay(gain, load, plain_ms, least_ms):
-            admitted = Admitted(self._worth(members, limits, load, context))
+            admitted = Admitted(self._worth(members, limits, load, context, pays))
         else:
             admitted = Admitted(np.zeros(len(rows), dtype=np.bool_))
         hold = self._hold(admitted.drafting)
         self._held = _Held(self._own, members, load.rows, admitted, step, hold)
-        return self._experiment(rows, members, load, plain_ms, gain, admitted)
+        return self._experiment(rows, members, load, plain_ms, gain, admitted) if pays else admitted
 
     def _hold(self, drafting: int) -> int:
         """How long a decision holds that lets so many rows draft."""
@@ -255,26 +259,28 @@ class Admission:
             return min(2 * held.hold, _HOLD_SEVERAL)
         return min(max(_BLOCKS // drafting, 2), _HOLD_SEVERAL)
 
-    def _worth(self, members: Members, limits: npt.NDArray[np.int64], load: Load, context: int) -> Bools:
-        """Rows whose drafts earn something where nobody drafts otherwise, and those too little is known of [rows]."""
+    def _worth(self, members: Members, limits: npt.NDArray[np.int64], load: Load, context: int, all_new: bool) -> Bools:
+        """Rows whose drafts earn something where nobody drafts otherwise [rows], with those too little is known of if
+        `all_new`."""
         draft_ms = self._cost.draft_curve(len(limits), context, load.greedy)
         draft_ms[1:] += self.lesson.ms
         kept, gain, unknown = self._drafted.expected(members, limits)
         times = load.times(self._cost, int(limits.sum()))
         worth = rows_worth_drafting(kept, gain, load.rows, draft_ms, times, HURDLE)
-        if unknown is None or not self._pays_at_best(load, len(limits), int(limits.max()), context):
-            return worth
-        return worth | unknown
+        return worth | unknown if all_new and unknown is not None else worth
 
-    def _pays_at_best(self, load: Load, rows: int, most: int, context: int) -> bool:
+    def _pays_at_best(self, load: Load, rows: int, most: int, context: int, step: int) -> bool:
         """Whether it would pay if so many rows, with so much context together, shared a pass, nine in ten drafts were
-        right, and of each row as many were verified as is best, up to `most`."""
-        drafts = np.arange(1, most + 1)
-        expected = load.rows + rows * (_AT_BEST**drafts).cumsum()
-        times = load.times(self._cost, rows * most)
-        draft_ms = self._cost.draft_ms(rows, context, load.greedy) + self.lesson.ms
-        rates = expected / (times[rows * drafts] + draft_ms)
-        return float(rates.max()) * float(times[0]) > (1 + HURDLE) * load.rows
+        right, and of each row as many were verified as is best, up to `most`. Goes for some steps with such a load."""
+        key = rows, most, load.rows, load.greedy, load.tokens > load.rows
+        if self._best is None or self._best[0] != key or step >= self._best[1]:
+            drafts = np.arange(1, most + 1)
+            expected = load.rows + rows * (_AT_BEST**drafts).cumsum()
+            times = load.times(self._cost, rows * most)
+            draft_ms = self._cost.draft_ms(rows, context, load.greedy) + self.lesson.ms
+            rate = float((expected / (times[rows * drafts] + draft_ms)).max())
+            self._best = key, step + HOLD, rate * float(times[0]) > (1 + HURDLE) * load.rows
+        return self._best[2]
 
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, plain_ms: float, gain: Floats, admitted: Admitted
@@ -282,8 +288,8 @@ class Admission:
         """Lets the row that has not drafted for longest draft all the same, once that is saved up.
 
         A probe costs the time of its drafts less what they will save, going by `gain` [rows], drafts accepted of whole
-        blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where drafts would not
-        pay at best, nothing is there to be learned.
+        blocks: where drafting nearly pays it costs next to nothing, and there it is most needed. Where it would not at
+        best, nothing is there to be learned.
         """
         costly = admitted.costly
         if costly.all():
@@ -295,8 +301,6 @@ class Admission:
             return admitted
         count, drafts = int(costly.sum()) + 1, min(rows[index].max_drafts, self._drafted.width)
         context = rows[index].start + 1
-        if not self._pays_at_best(load, len(rows), drafts, context * len(rows)):
-            return admitted
         spent_ms = (
             self._verify_ms(load, drafts)
             + self._pass_ms(load, count, context)
