@@ -6,9 +6,10 @@ drafters, what becomes of this step's drafts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +41,12 @@ _LESSON_GAIN = 0.05
 _ODD_MS = 5.0
 
 
+_start: Callable[[Row], int] = itemgetter(Row._fields.index("start"))
+
+
 def context_of(rows: Sequence[Row]) -> int:
     """Keys that rows of one token see together, that token's own included."""
-    return sum([row.start for row in rows]) + len(rows)
+    return sum(map(_start, rows)) + len(rows)
 
 
 def all_greedy(rows: Sequence[Row]) -> bool:

@@ -99,16 +99,16 @@ def _rates(gains: Floats, base: float, draft_ms: float, step_ms: Floats) -> Floa
 def convex_hull(times: Floats) -> Floats:
     """The largest convex curve nowhere above `times` [n]."""
     places = np.arange(len(times))
-    corners = places
+    corners, slopes = places, times[1:] - times[:-1]
     for _ in range(_SIEVES):
-        x, y = corners, times[corners]
         # On or above the line between its neighbours, a point is no corner; nor is it, where measured curves are
         # straight, for lying below by a rounding error.
-        slopes = (y[1:] - y[:-1]) / (x[1:] - x[:-1])
         bends = slopes[1:] - slopes[:-1] > 1e-9 * np.abs(slopes[1:])
-        corners = corners[np.concatenate([_END, bends, _END])[: len(corners)]]
-        if len(corners) == len(x):
+        kept = corners[np.concatenate([_END, bends, _END])[: len(corners)]]
+        if len(kept) == len(corners):
             break
+        corners, y = kept, times[kept]
+        slopes = (y[1:] - y[:-1]) / (kept[1:] - kept[:-1])
     corners = _wrapped(corners, times[corners])
     hull: Floats = np.interp(places, corners, times[corners])
     return hull

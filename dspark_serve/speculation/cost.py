@@ -31,6 +31,7 @@ _TOGETHER = 8  # steps that were measured together count as no more than so many
 _GAIN, _DRAFT_GAIN = 0.03, 0.1  # of a bucket's correction, per measurement
 _CONTEXT_GAIN = 2.0  # times a bucket's: what all counts of such rows and contexts have in common is learned sooner
 _CLIP = 0.2  # a single measurement counts as at most this far off (in logarithms): the estimate is nearly a median
+_LEAST_MS = 1e-3  # that anything is expected to take, however little a disturbed profile says
 _FORMAT = 6
 
 _CURVES = ("steps", "drafts", "greedy_steps", "greedy_drafts")
@@ -121,7 +122,7 @@ class _Curve:
             ms = p.ms - per.ms(p.rows, p.context, p.draft_keys, p.silent)
             by_count.setdefault(p.count, []).append(ms)
         counts = sorted(by_count)
-        measured = np.array([max(statistics.median(by_count[count]), 1e-3) for count in counts])
+        measured = np.array([max(statistics.median(by_count[count]), _LEAST_MS) for count in counts])
         # What is done for more cannot take longer for less: a disturbed measurement gives way to those after it.
         times: list[float] = np.minimum.accumulate(measured[::-1])[::-1].tolist()
         last = max(max_count, counts[-1])
@@ -152,6 +153,8 @@ class _Curve:
         per = self._per
         keys_ms = per.key * context + per.draft_key * draft_keys
         times: Floats = _between(first, last, self._base) + (per.ms(rows, 0.0, 0.0, silent) + keys_ms)
+        if silent:
+            np.maximum(times, _LEAST_MS, out=times)
         learned = self._by_count.get(key[0])
         if learned is not None:
             times *= _between(first, last, learned.factor)
@@ -170,7 +173,7 @@ class _Curve:
     ) -> float:
         """The same for one count, without the machine's slowdown."""
         count = min(count, len(self._base) - 1)
-        base = float(self._base[count]) + self._per.ms(rows, context, draft_keys, silent)
+        base = max(float(self._base[count]) + self._per.ms(rows, context, draft_keys, silent), _LEAST_MS)
         learned = self._by_count.get(key[0])
         if learned is None:
             return base

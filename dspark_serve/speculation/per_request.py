@@ -41,7 +41,7 @@ class PerRequest:
             places = map(self._line.get, requests, repeat(-1))
             lines = np.fromiter(places, dtype=np.int64, count=len(requests))
             for index in (lines < 0).nonzero()[0].tolist():
-                lines[index] = self._find(requests[index])
+                lines[index] = self.line(requests[index])
             self.know(requests, lines)
         return lines
 
@@ -67,7 +67,8 @@ class PerRequest:
             for column in self._columns.values():
                 column[line] = 0.0
 
-    def _find(self, request: str) -> int:
+    def line(self, request: str) -> int:
+        """Where this request is in every column; one not seen before gets a line of zeros."""
         line = self._line.get(request)
         if line is None:
             line = self._free.pop() if self._free else len(self._line)

@@ -372,7 +372,7 @@ class AutoBudget:
         return step_ms, self.cost.step_ms(rows, rows, context_of(decoding), load.greedy) / rows
 
     def release(self, request_id: str) -> None:
-        self._batches.clear()
+        self._batches.release(request_id)
         if self._admission is not None:
             self._admission.release(request_id)
         self.calibrator.release(request_id)

@@ -56,6 +56,58 @@ def test_the_profile_is_reproduced() -> None:
     assert costs.step_ms(8, 8, 4096) - costs.step_ms(8, 2, 1024) == pytest.approx(3 + 6.144, rel=0.05)
 
 
+def test_keys_of_drafts_have_a_price_of_their_own() -> None:
+    """What a row has read is at hand for its drafts."""
+
+    def ms(rows: int, drafts: int, context: int) -> float:
+        return 10 + rows * (1 + drafts) + 0.004 * rows * context + 0.001 * rows * drafts * context
+
+    shapes = [(rows, 0, context) for rows in (1, 2, 4, 8, 16) for context in (128, 640)]
+    shapes += [(4, drafts, 128) for drafts in (1, 3)]
+
+    def costs(*more: tuple[int, int, int]) -> CostModel:
+        every = [*shapes, *more]
+        points = [Point(n * (1 + d), n, n * context, ms(n, d, context), n * d * context) for n, d, context in every]
+        return model(Profile(tuple(points)))
+
+    known = costs((4, 1, 640), (4, 3, 640))
+    for rows, drafts, context in ((4, 2, 1000), (2, 3, 300), (1, 7, 2000)):
+        said = known.step_ms(rows * (1 + drafts), rows, rows * context, draft_keys=rows * drafts * context)
+        assert said == pytest.approx(ms(rows, drafts, context))
+    curve = known.step_curve(8, 12, 8, 8 * 500, keys_per_draft=500.0)
+    assert np.diff(curve) == pytest.approx(1 + 0.001 * 500)
+    # Where no drafts were measured with two contexts, their keys are thought to cost what those of rows do.
+    unknown = costs()
+    dearer = unknown.step_ms(8, 4, 4000, draft_keys=4000) - unknown.step_ms(8, 4, 4000)
+    assert dearer == pytest.approx(0.004 * 4000)
+
+
+def test_tokens_after_which_nothing_is_drawn_have_a_price_of_their_own() -> None:
+    """Prompts are measured in sizes that no step of drafts has: what drafts take is not theirs."""
+
+    def ms(tokens: int, silent: int) -> float:
+        return 5 + 0.8 * tokens + 0.2 * (tokens - silent)
+
+    decoding = [Point(n, n, 0, ms(n, 0)) for n in (1, 2, 4, 8, 16, 32)] + [Point(64, 16, 0, ms(64, 0))]
+    prompts = [Point(n, 1, 0, ms(n, n), silent=n) for n in (32, 128, 256)]
+    costs = model(Profile((*decoding, *prompts)))
+    assert np.diff(costs.step_curve(32, 200, 32, 0)) == pytest.approx(1.0)
+    assert costs.step_ms(150, 30, 0) == pytest.approx(ms(150, 0))
+    assert costs.step_ms(150, 9, 0, silent=142) == pytest.approx(ms(150, 142))
+    assert np.diff(costs.step_curve(100, 110, 9, 0, silent=92)) == pytest.approx(1.0)
+    before = costs.step_ms(150, 9, 0, silent=142)
+    assert costs.observe_step(150, 9, 0, before, silent=142) == before
+    assert costs.slowdown == pytest.approx(1.0)
+
+
+def test_a_disturbed_profile_does_not_make_prompts_take_no_time() -> None:
+    """While the decoding step was measured something else ran: a silent token seems to save more than one takes."""
+    costs = model(Profile((Point(1, 1, 0, 1.0), Point(32, 32, 0, 900.0), Point(32, 1, 0, 4.0, silent=32))))
+    assert costs.step_ms(20, 1, 0, silent=20) > 0
+    assert (costs.step_curve(20, 40, 1, 0, silent=20) > 0).all()
+    costs.observe_step(20, 1, 0, 3.0, silent=20)
+
+
 def test_cliffs_stay_where_they_are() -> None:
     curve = model().step_curve(1, 20, 4, 512)
     steps = np.diff(curve)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_serve.speculation import admission
-from dspark_serve.speculation.admission import HOLD, Admitted, Allowance, _Held
+from dspark_serve.speculation.admission import HOLD, Admitted, Allowance, Load, _Held
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.members import Members
 from dspark_serve.speculation.per_request import PerRequest
@@ -193,17 +193,41 @@ def test_what_is_ruled_out_at_first_sight_would_not_have_drafted(
 
 
 @pytest.mark.parametrize(("per_token_ms", "probes"), [(20.0, False), (15.0, True)])
-def test_nothing_is_probed_where_the_best_drafts_would_not_pay(per_token_ms: float, probes: bool) -> None:
+def test_nothing_is_tried_or_probed_where_the_best_drafts_would_not_pay(per_token_ms: float, probes: bool) -> None:
     """A token of sixteen rows takes a sixteenth of a step, and so does a draft, its share of a pass not included."""
 
     def step_ms(tokens: int) -> float:
         return 10 + per_token_ms * tokens + (5.0 * 16 if probes else 0.0)
 
     server = served(step_ms, [0.02] * 16, noise=0.0)
+    server.step()
+    assert server.drafted == [16 if probes else 0]
     server.run(200)
     server.drafted.clear()
     server.run(3000)
     assert (sum(server.drafted) > 0) == probes
+
+
+def test_what_is_known_to_pay_is_drafted_though_it_is_better_than_the_best_that_is_hoped_for() -> None:
+    server = served(cheap, [0.99] * 16, noise=0.0)
+    server.run(20)
+    server.step_ms = step_ms = lambda tokens: 30 + 10.0 * tokens
+    server.budget.cost = server.budget._admission._cost = cost(step_ms, drafting)  # type: ignore[union-attr]
+    server.run(40)
+    assert server.drafted[-1] == 16
+    unknown = served(step_ms, [0.99] * 16, noise=0.0)
+    unknown.run(40)
+    assert not any(unknown.drafted)
+
+
+def test_tokens_of_prompts_are_silent_but_for_the_last() -> None:
+    def row(start: int, length: int, samples: bool, drafts: int = 0) -> Row:
+        return Row(Request("r", (1,) * 99, SamplingParams(), seed=0), start, length, samples, drafts)
+
+    plan = Plan((row(50, 1, True, 4), row(60, 1, True), row(0, 32, False), row(32, 20, True)))
+    load = Load.of(plan, False, 51)
+    assert (load.tokens, load.rows, load.silent) == (54, 4, 32 + 19)
+    assert (load.decoding.tokens, load.decoding.silent) == (4, 0)
 
 
 def test_a_decision_holds_for_rows_like_those_it_was_made_for() -> None:

@@ -102,7 +102,7 @@ def test_a_part_of_a_batch_is_like_a_batch_of_its_own(temperatures: tuple[float,
         assert batches.part(same, everyone, chosen) is some
         if same:  # one of them has ended meanwhile
             assert batches.part(same[1:], everyone, chosen).requests == some.requests[1:]
-    batches.clear()
+    batches.release("r0")
     assert batches.part(rows[:2], everyone, np.arange(8) < 2) is not some
 
 
