@@ -109,8 +109,10 @@ class Copies:
             if text.source and (chance := text.odds.chance(text.length)) >= least:
                 found.append((index, _survival(text, chance, most, max(least, _SLIGHT))))
             else:
-                missing = text.odds.length_for(least) - max(text.length, self._longest)
-                due[request] = text.read + max(missing, 1)
+                # Where it copies nothing, not even its last `shortest` tokens have been there before. A copy that ends
+                # may give way to another that has gone on for as long as is compared.
+                agreed = max(text.length, self._longest) if text.source else self._shortest - 1
+                due[request] = text.read + max(text.odds.length_for(least) - agreed, 1)
         return found
 
     def _read(self, request: Request) -> _Text:

@@ -382,7 +382,7 @@ class AutoBudget:
         rows = max(load.rows, 1)
         last = max(max_tokens, rows)
         tokens = np.unique(np.geomspace(rows, last, _CURVE_POINTS).round().astype(np.int64))
-        steps = self.cost.step_curve(rows, last, rows, load.context, load.greedy, load.keys_per_draft, load.silent)
+        steps = self.cost.step_curve(rows, last, rows, load.context, load.greedy, load.keys_per_draft)
         return CostCurve(
             rows=rows,
             context=load.context,

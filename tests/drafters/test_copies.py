@@ -1,10 +1,12 @@
 """What a text copies, against a slow search of all of it; and how often such copies go on."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_serve.drafters.copies import _DECAY, _FEW, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies
+from dspark_serve.drafters.copies import _DECAY, _FEW, _FIRST_GUESS, _GUESSED, _LENGTHS, Copies, _Odds
 from dspark_serve.types import Request, Row, SamplingParams
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=60)
@@ -165,19 +167,19 @@ def test_a_text_is_looked_at_again_when_a_copy_could_have_gone_on_for_long_enoug
         return found
 
     assert copies.promised([row_of(text)], 0.6) == []
-    # By the first guess, 0.65 after 5 tokens: where a copy begins, as many may agree. 0.75 takes 7, and 0.92 takes 16.
-    grow([100, 101, 102], 0.6)
-    assert looks == [20, 21, 22, 23]
+    # By the first guess, 0.65 after 5 tokens, of which one at most has agreed so far; 0.75 takes 7, and 0.92 takes 16.
+    grow([100, 101, 102, 103], 0.6)
+    assert looks == [20, 24]
     looks.clear()
-    grow([103, 104, 105, 106], 0.7)
-    assert looks == [24, 26]
+    grow([104, 105, 106, 107], 0.7)
+    assert looks == [28]
     looks.clear()
     grow(range(200, 211), 0.9)
-    assert looks == [28]
-    # It copies 20 tokens. After 12 of them that is seen, and after 16 it is of use.
+    assert looks == [34]
+    # It copies 20 tokens. After 10 of them that is seen, and after 16 it is of use.
     looks.clear()
     assert grow(range(20), 0.9) == [False] * 15 + [True] * 5
-    assert looks == [39, 50, 54, 55, 56, 57, 58]
+    assert looks == [49, 55, 56, 57, 58, 59]
     assert not any(grow([999, 1000], 0.9))
     looks.clear()
     copies.promised([row_of(text)], 0.95)
@@ -188,6 +190,38 @@ def test_a_text_is_looked_at_again_when_a_copy_could_have_gone_on_for_long_enoug
     copies.release("r")
     copies.promised([row_of(text)], 0.9)
     assert looks == [len(text.token_ids)]  # what was known of one that has ended says nothing of another
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (2, 5), (3, 5), (3, 7)])
+@pytest.mark.parametrize("least", [0.5, 0.6, 0.7])
+def test_nothing_is_missed_between_looks(shortest, longest, least, monkeypatch):
+    """Against looking all the time. Without learning, which comes later where nobody looks."""
+    monkeypatch.setattr(_Odds, "add", lambda self, length, went_on: None)
+    draw, found, looks = random.Random(0), 0, [0, 0]
+    for _ in range(60):
+        now_and_then, always = Copies(shortest, longest), Copies(shortest, longest)
+        for index, copies in enumerate((now_and_then, always)):
+
+            def counted(request, index=index, read=copies._read):
+                looks[index] += 1
+                return read(request)
+
+            monkeypatch.setattr(copies, "_read", counted)
+        text = request_of([0, 1, 2])
+        for _ in range(60):
+            if draw.random() < 0.3:  # something that has been there
+                start = draw.randrange(len(text.token_ids))
+                more = text.token_ids[start : start + draw.randrange(3, 13)]
+            else:
+                more = [draw.randrange(6)]
+            for token in more:
+                text.token_ids.append(token)
+                always._due.clear()
+                expected = always.promised([row_of(text)], least)
+                assert now_and_then.promised([row_of(text)], least) == expected
+                found += bool(expected)
+    assert found > 100
+    assert looks[0] < looks[1]
 
 
 def test_many_new_tokens_are_remembered_and_what_the_last_copies_may_have_gone_on_for_long():
