@@ -160,7 +160,7 @@ class DSparkDrafter:
         self._owed = np.zeros((store.num_pages, store.page_size), dtype=np.bool_)
         self._fresh: list[Tensor] = []  # slots of the last steps, not marked there yet
         self._drafting = 0  # rows that draft in this step
-        self._share = 1.0  # of the rows, of late
+        self._share = 0.0  # of the rows, of late
         self._block: BlockPass = lambda rows: head.block(rows, store, first_layer)
         recorded = record is not None and head.recordable
         if record is not None and recorded:
