@@ -192,22 +192,21 @@ class Scheduler:
 
     def _reserve_drafts(self, rows: list[Row]) -> tuple[Row, ...]:
         """Let pure decode rows carry drafts in the tokens and pages that are left; never at another row's cost."""
-        budget = self.max_num_batched_tokens - sum(row.length for row in rows)
+        budget = self.max_num_batched_tokens - sum([row.length for row in rows])
         planned: list[Row] = []
         for row in rows:
-            drafts = self._draft_limit(row, budget) if row.samples and row.length == 1 else 0
-            if drafts:
-                self.pool.grow(row.request.pages, row.start + 1 + drafts)
-                budget -= drafts
-                row = Row(row.request, row.start, row.length, row.samples, drafts)
+            request, start, length, samples, _, _ = row
+            if samples and length == 1:
+                drafts = min(self._wanted_drafts(request, request.num_generated), budget)
+                if drafts > 0 and start + 1 + drafts > len(request.pages) * self.pool.page_size:
+                    slots = (len(request.pages) + self.pool.num_available) * self.pool.page_size
+                    drafts = min(drafts, slots - start - 1)
+                    self.pool.grow(request.pages, start + 1 + drafts)
+                if drafts > 0:
+                    budget -= drafts
+                    row = Row(request, start, 1, True, drafts)
             planned.append(row)
         return tuple(planned)
-
-    def _draft_limit(self, row: Row, budget: int) -> int:
-        request = row.request
-        limit = min(self._wanted_drafts(request, request.num_generated), budget)
-        slots = (len(request.pages) + self.pool.num_available) * self.pool.page_size
-        return max(0, min(limit, slots - row.start - 1))
 
     def _wanted_drafts(self, request: Request, num_generated: int) -> int:
         """As many as there may be after so many tokens, with room for all; negative when nothing is left to do."""

@@ -165,11 +165,14 @@ class Admitted:
 
     def rows(self, plan: Plan) -> tuple[Row, ...]:
         """The plan's rows, of which no others draft."""
-        decided = self.costly.tolist()
-        if len(decided) < len(plan.rows):
-            mine = iter(decided)
-            decided = [row.max_drafts > 0 and next(mine) for row in plan.rows]
-        return tuple([row if yes else bare for row, bare, yes in zip(plan.rows, plan.bare, decided, strict=True)])
+        not_now = (~self.costly).nonzero()[0].tolist()
+        if len(self.costly) < len(plan.rows):
+            places = [place for place, row in enumerate(plan.rows) if row.max_drafts > 0]
+            not_now = [places[index] for index in not_now]
+        rows = list(plan.rows)
+        for place in not_now:
+            rows[place] = plan.bare[place]
+        return tuple(rows)
 
 
 _DECISION = "decision"  # column: one of these, or 0 for a request about which there is none

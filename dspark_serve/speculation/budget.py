@@ -104,12 +104,13 @@ def convex_hull(times: Floats) -> Floats:
         # On or above the line between its neighbours, a point is no corner; nor is it, where measured curves are
         # straight, for lying below by a rounding error.
         bends = slopes[1:] - slopes[:-1] > 1e-9 * np.abs(slopes[1:])
-        kept = corners[np.concatenate([_END, bends, _END])[: len(corners)]]
-        if len(kept) == len(corners):
+        if bends.all():
             break
+        kept = corners[np.concatenate([_END, bends, _END])[: len(corners)]]
         corners, y = kept, times[kept]
         slopes = (y[1:] - y[:-1]) / (kept[1:] - kept[:-1])
-    corners = _wrapped(corners, times[corners])
+    else:
+        corners = _wrapped(corners, times[corners])
     hull: Floats = np.interp(places, corners, times[corners])
     return hull
 

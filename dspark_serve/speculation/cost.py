@@ -143,16 +143,19 @@ class _Curve:
         first: int,
         last: int,
         rows: int,
-        context: float | Floats,
+        context: float,
         key: tuple[int, int],
         slowdown: float,
-        draft_keys: float | Floats = 0.0,
+        context_each: float = 0.0,
+        draft_keys_each: float = 0.0,
         silent: int = 0,
     ) -> Floats:
-        """Milliseconds for first..last counts; the last known time goes on beyond."""
-        per = self._per
-        keys_ms = per.key * context + per.draft_key * draft_keys
-        times: Floats = _between(first, last, self._base) + (per.ms(rows, 0.0, 0.0, silent) + keys_ms)
+        """Milliseconds for first..last counts; the last known time goes on beyond. context: of the first count; each
+        further one has so much more, and so many more keys of drafts."""
+        times: Floats = np.arange(last - first + 1.0)
+        times *= self._per.ms(0, context_each, draft_keys_each, 0)
+        times += self._per.ms(rows, context, 0.0, silent)
+        times += _between(first, last, self._base)
         if silent:
             np.maximum(times, _LEAST_MS, out=times)
         learned = self._by_count.get(key[0])
@@ -239,9 +242,8 @@ class CostModel:
         silent: int = 0,
     ) -> Floats:
         """step_ms for first..last tokens -> [last - first + 1], the first without drafts."""
-        draft_keys: Floats = keys_per_draft * np.arange(last - first + 1.0)
         key = _step_key(rows, context)
-        times = self._steps[greedy].times(first, last, rows, context, key, self.slowdown, draft_keys, silent)
+        times = self._steps[greedy].times(first, last, rows, context, key, self.slowdown, 0.0, keys_per_draft, silent)
         # More tokens take no less time. Where fewer seem to take longer, they are what was measured of late, and the
         # others have not been: drafts would seem to save time even where none is accepted.
         found: Floats = np.maximum.accumulate(times)
@@ -257,9 +259,8 @@ class CostModel:
         """draft_ms for 0..rows rows whose mean context is that of all -> [rows + 1]."""
         curve: Floats = np.zeros(rows + 1)
         if self._drafts and rows:
-            contexts: Floats = context / rows * np.arange(1.0, rows + 1)
-            key = _draft_key(rows, context)
-            curve[1:] = self._drafts[greedy].times(1, rows, 1, contexts, key, self.slowdown)
+            each, key = context / rows, _draft_key(rows, context)
+            curve[1:] = self._drafts[greedy].times(1, rows, 1, each, key, self.slowdown, each)
         return curve
 
     def observe_step(

@@ -51,10 +51,11 @@ class Members:
 
     def some(self, chosen: Bools) -> Members:
         """Those for which this says so [rows]."""
-        which = chosen.tolist()
-        return Members._of(
-            tuple(compress(self.batch, which)), tuple(compress(self.requests, which)), self.ranges[chosen]
-        )
+        which, ranges = chosen.tolist(), self.ranges[chosen]
+        requests, ids = tuple(compress(self.batch, which)), tuple(compress(self.requests, which))
+        if ids and len(self.by_range) == 1:  # so of these all are of one, too
+            return Members(requests, ids, ranges, self.by_range, self.greedy)
+        return Members._of(requests, ids, ranges)
 
 
 class Batches:

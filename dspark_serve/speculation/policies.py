@@ -31,6 +31,7 @@ _FULL_SHARE = 0.003  # of the time: whole blocks verified, so that labels are no
 _CURVE_POINTS = 48  # at most, of a curve to be shown
 _LOOKUP_MS = 0.2  # what a step in which somebody copies takes to look up, until it is measured
 _LOOKUP_GAIN = 0.05  # of that estimate, per measurement
+_COPIED = 7  # steps with copies of which nothing is learned until one more comes, or the rest is over
 _ODD_MS = 5.0  # longer than anything takes: the process was stopped meanwhile
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
@@ -236,7 +237,7 @@ class AutoBudget:
 
     def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
         total, step, drafting = sum(proposal.n_draft), self._step, plan.drafting
-        self._only_copies = total > 0 and not self._per_user and all([row.lookup_only for row in drafting])
+        self._only_copies = total > 0 and not self._per_user and all(row.lookup_only for row in drafting)
         if self._only_copies or not total:
             return proposal.n_draft
         if proposal.n_draft != self._n_draft[0]:
@@ -318,10 +319,9 @@ class AutoBudget:
             kept = sum([result.n_kept for result in results])
             if not plan.ahead:  # else a pass for the next step is in it
                 self._lookup_ms += _LOOKUP_GAIN * (min(propose_ms, _ODD_MS) - self._lookup_ms)
-        elif rest is not None and rest.alike:
-            rest.plain_ms.append(step_ms)
-            return rest.report
-        elif step.signals is not None and step.said is not None:  # else there were no drafts
+        if rest is not None and rest.alike and (not kept or rest.copied < _COPIED):
+            return rest.lasted(self.cost, kept, step_ms)
+        if step.signals is not None and step.said is not None:  # else there were no drafts
             drafted = [result for row, result in zip(plan.rows, results, strict=True) if row.max_drafts > 0]
             n_kept = np.array([result.n_kept for result in drafted], dtype=np.int64)
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dspark_serve.speculation.admission import ALIKE, HOLD, Load, all_greedy, context_of
 from dspark_serve.speculation.cost import CostModel
@@ -25,11 +25,12 @@ class Rest:
 
     known: frozenset[Request]  # who was decoding then: it was decided about them, or there is nothing to decide
     load: Load  # of the last step that was looked at, if there was one since in which all were decoding: of that
-    report: BudgetReport  # on that step
+    report: BudgetReport  # on that step, had nothing been drafted
     requests: list[Request] = field(default_factory=list)  # of the last step
     steps: int = 0  # since it began
     alike: bool = True  # nothing about this step is new
-    plain_ms: list[float] = field(default_factory=list)  # of such steps, those in which nothing was drafted
+    took_ms: dict[int, list[float]] = field(default_factory=dict)  # such steps, by drafts verified in them
+    copied: int = 0  # such steps with drafts
     _greedy: bool | None = None  # all of the last step; None: not asked yet
 
     @staticmethod
@@ -38,7 +39,8 @@ class Rest:
         drafted."""
         if not decided or plan.ahead or not all([row.lookup_only for row in plan.drafting]):
             return None
-        return Rest(frozenset([row.request for row in plan.rows if row.length == 1 and row.samples]), load, report)
+        known = frozenset([row.request for row in plan.rows if row.length == 1 and row.samples])
+        return Rest(known, load, _without_drafts(report))
 
     def goes_on(self, plan: Plan) -> bool:
         """Whether what was decided goes for a step with `plan`: it is not long ago, and most are still the same.
@@ -67,15 +69,32 @@ class Rest:
     def looked(self, load: Load, report: BudgetReport) -> None:
         """A step in between was looked at."""
         if load.tokens == load.rows or self.load.tokens != self.load.rows:
-            self.load, self.report = load, report
+            self.load, self.report = load, _without_drafts(report)
+
+    def lasted(self, cost: CostModel, kept: int, ms: float) -> BudgetReport:
+        """A step like the others, with so many drafts verified, took `ms`; learned from later. The report on it."""
+        self.took_ms.setdefault(kept, []).append(ms)
+        if not kept:
+            return self.report
+        self.copied += 1
+        return replace(self.report, predicted_step_ms=self.load.step_ms(cost, kept))
 
     def learn(self, cost: CostModel, rows: Sequence[Row]) -> float:
-        """From the steps without drafts since the last time, as one; what they were to take, together. rows: of the
-        step after them."""
-        if not self.plain_ms:
+        """From such steps since the last time, from those with as many drafts as from one; what they were to take, all
+        together. rows: of the step after them."""
+        if not self.took_ms:
             return 0.0
-        load, times, ms = self.load, len(self.plain_ms), statistics.median(self.plain_ms)
-        self.plain_ms.clear()
+        load, total_ms = self.load, 0.0
         now = context_of(rows) * load.rows // len(rows)
         middle = (load.context + now) // 2
-        return times * cost.observe_step(load.tokens, load.rows, middle, ms, load.greedy, times=times)
+        for kept, each in sorted(self.took_ms.items()):
+            step = load.rows + kept, load.rows, middle, statistics.median(each), load.greedy
+            total_ms += len(each) * cost.observe_step(*step, kept * load.keys_per_draft, times=len(each))
+        self.took_ms.clear()
+        self.copied = 0
+        return total_ms
+
+
+def _without_drafts(report: BudgetReport) -> BudgetReport:
+    plain_ms = report.plain_step_ms
+    return report if report.predicted_step_ms == plain_ms else replace(report, predicted_step_ms=plain_ms)

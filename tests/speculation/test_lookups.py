@@ -11,8 +11,8 @@ import torch
 
 from dspark_serve.speculation.admission import HOLD
 from dspark_serve.speculation.calibrate import Calibrator
+from dspark_serve.speculation.cost import CostModel
 from dspark_serve.speculation.policies import AutoBudget
-from dspark_serve.speculation.resting import Rest
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams
 from tests.speculation.virtual_server import LOOKING_MS, WIDTH, Repeats, Server, budget, cheap, cost, dear, drafting
@@ -111,21 +111,31 @@ def test_what_steps_with_copies_take_is_learned_while_the_budget_rests() -> None
     assert run(100) < 0.1 * 8 * 50
 
 
-def test_steps_without_drafts_are_learned_as_one_beside_those_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_learned_together_by_how_many_drafts_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     server = without_probes(copying(0.0, noise=0.0))
     server.run(200)
     while not server.budget._resting:
         server.step()
-    server.budget._rest.plain_ms.clear()
-    learned: list[float] = []
-    learn = Rest.learn
-    monkeypatch.setattr(Rest, "learn", lambda *rested: learned.append(learn(*rested)) or learned[-1])
+    server.budget._rest.took_ms.clear()
+    learned: list[tuple[int, int, float]] = []
+    observe = CostModel.observe_step
+
+    def watched(
+        self: CostModel, tokens: int, rows: int, context: int, ms: float, *rest: float, times: int = 1
+    ) -> float:
+        learned.append((tokens, times, ms))
+        return observe(self, tokens, rows, context, ms, *rest, times=times)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CostModel, "observe_step", watched)
     steps = 8 * HOLD
     for step in range(steps):
         server.budget.lookups.found = server.found = 0.9 * (step % 4 == 0)
         server.step()
-    assert sum(learned) == pytest.approx(steps * 3 / 4 * cheap(8), rel=0.1)
-    assert sorted(learned)[len(learned) // 2] == pytest.approx(3 * cheap(8), rel=0.05)  # before those with drafts
+    assert all(ms == pytest.approx(cheap(tokens)) for tokens, _, ms in learned)
+    for tokens, share in ((8, 3 / 4), (40, 1 / 4)):
+        counts = [times for count, times, _ in learned if count == tokens]
+        assert sum(counts) == pytest.approx(share * steps, rel=0.1)
+        assert len(counts) < sum(counts) / 3
 
 
 def test_an_objective_per_user_sees_all_copies_there_are() -> None:

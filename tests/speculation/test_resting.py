@@ -196,6 +196,8 @@ def test_a_step_with_a_prompt_is_not_what_later_ones_are_learned_as(looks: list[
     kept = server.budget.choose(plan, proposal)
     took_ms = {"forward": dear(8 + sum(kept)), "propose": 0.1}
     server.budget.learn(plan, proposal, [RowResult((0,), n_kept=n) for n in kept], took_ms)
+    assert tokens == []
+    server.budget._rest.learn(server.budget.cost, rows)  # type: ignore[union-attr]
     assert tokens == [8, 8 + sum(kept)]
 
 
