@@ -245,7 +245,7 @@ class Admission:
             return held
         limits, plain_ms = np.array([row.max_drafts for row in rows], dtype=np.int64), load.plain_ms(self._cost)
         least_ms = self._cost.draft_ms(1, context // len(rows), load.greedy)
-        pays = self._pays_at_best(load, len(rows), max(int(limits.sum()) // len(rows), 1), context, step)
+        pays = self._pays_at_best(load.decoding, len(rows), max(int(limits.sum()) // len(rows), 1), context, step)
         gain = self._drafted.whole(members, limits)
         if not pays:
             gain[np.isinf(gain)] = 0.0
@@ -279,8 +279,8 @@ class Admission:
     def _pays_at_best(self, load: Load, rows: int, most: int, context: int, step: int) -> bool:
         """Whether it would pay if so many rows, with so much context together, shared a pass, nine in ten drafts were
         right, and of each row as many were verified as is best, up to `most`, which fit in a step. Goes for some steps
-        with such a load."""
-        key = rows, most, load.rows, load.greedy, load.tokens > load.rows
+        with such a load: of rows that decode, as a prompt beside them is soon read."""
+        key = rows, most, load.rows, load.greedy
         if self._best is None or self._best[0] != key or step >= self._best[1]:
             drafts = np.arange(1, most + 1)
             expected = load.rows + rows * (_AT_BEST**drafts).cumsum()
