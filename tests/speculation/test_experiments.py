@@ -208,6 +208,18 @@ def test_nothing_is_tried_or_probed_where_the_best_drafts_would_not_pay(per_toke
     assert (sum(server.drafted) > 0) == probes
 
 
+def test_beside_a_prompt_nothing_is_tried_that_would_not_pay_once_it_is_read() -> None:
+    """In a step of so many tokens another one takes a tenth of what it takes where all rows decode."""
+
+    def step_ms(tokens: int) -> float:
+        return 10 + 20.0 * min(tokens, 80) + 2.0 * max(tokens - 80, 0)
+
+    made = budget(cost(step_ms, drafting))
+    requests = [Request(f"r{place}", (1,), SamplingParams(), seed=0) for place in range(16)]
+    decoding = [Row(request, 99, 1, True, WIDTH) for request in requests[1:]]
+    assert not made.admit(Plan((Row(requests[0], 0, 70, False), *decoding))).drafting
+
+
 def test_what_is_known_to_pay_is_drafted_though_it_is_better_than_the_best_that_is_hoped_for() -> None:
     server = served(cheap, [0.99] * 16, noise=0.0)
     server.run(20)
