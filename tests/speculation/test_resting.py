@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dspark_serve.speculation.admission import Load
 from dspark_serve.speculation.cost import CostModel
-from dspark_serve.speculation.resting import _STEPS
+from dspark_serve.speculation.resting import _STEPS, Rest
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import BudgetReport, Plan, Request, Row, RowResult, SamplingParams
 from tests.speculation.virtual_server import WIDTH, Repeats, Server, budget, cost, dear, drafting, served
@@ -199,6 +200,27 @@ def test_a_step_with_a_prompt_is_not_what_later_ones_are_learned_as(looks: list[
     assert tokens == []
     server.budget._rest.learn(server.budget.cost, rows)  # type: ignore[union-attr]
     assert tokens == [8, 8 + sum(kept)]
+
+
+def test_steps_with_copies_are_expected_to_take_what_their_drafts_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without are not, though the rest began after one with."""
+    server = resting(8)
+    rows = tuple([Row(request, 99, 1, True) for request in server.requests])
+    copying = tuple([row._replace(max_drafts=WIDTH, lookup_only=True) for row in rows])
+    load = Load(8, 8, 800, True, 100.0)
+    report = BudgetReport(dear(8 + 5), 0.0, dear(8), dear(8) / 8)
+    rest = Rest.after(Plan(copying, known_bare=rows), copying, load, report)
+    assert rest is not None
+    costs = server.budget.cost
+    assert rest.lasted(costs, 0, dear(8)).predicted_step_ms == dear(8)
+    with_copies = rest.lasted(costs, 3, dear(11))
+    assert with_copies.predicted_step_ms == pytest.approx(dear(11), rel=0.05)
+    assert with_copies.plain_step_ms == dear(8)
+    learned: list[tuple[float, ...]] = []
+    monkeypatch.setattr(CostModel, "observe_step", lambda self, *step, **more: learned.append(step) or 1.0)
+    assert rest.learn(costs, rows) == 2.0
+    assert learned == [(8, 8, 800, dear(8), True, 0.0), (11, 8, 800, dear(11), True, 300.0)]  # three drafts' keys
+    assert rest.learn(costs, rows) == 0.0
 
 
 def test_who_rests_learns_at_contexts_between_then_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
