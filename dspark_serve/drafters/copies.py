@@ -20,6 +20,8 @@ _GUESSED = 8.0  # copies seen at which they count as much as the first guess
 _DECAY = 0.995  # of old evidence, per copy of that length
 _SUREST, _SLIGHT = 0.99, 0.05  # no chance is more; what has less is of no use to anybody
 _FEW = 8  # tokens that are followed one by one; of more, only what the last of them copy is looked for
+_SOON = 2  # steps before it is due that a text is looked at if another one is due: then all are, and none for a while
+_LONG = 64  # steps
 _BITS = 20  # of a token id in the number of a run
 _PLACES = tuple(bisect_right(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1))  # by length
 
@@ -102,8 +104,10 @@ class Copies:
         if least < self._least:
             due.clear()
         self._least = least
+        if self.quiet(rows) >= 0:
+            return found
         for index, (request, start, _, _, most, _) in enumerate(rows):
-            if most <= 0 or due.get(request, 0) > start + 1:
+            if most <= 0 or due.get(request, 0) > start + 1 + _SOON:
                 continue
             text = self._read(request)
             if text.source and (chance := text.odds.chance(text.length)) >= least:
@@ -114,6 +118,12 @@ class Copies:
                 agreed = max(text.length, self._longest) if text.source else self._shortest - 1
                 due[request] = text.read + max(text.odds.length_for(least) - agreed, 1)
         return found
+
+    def quiet(self, rows: Sequence[Row]) -> int:
+        """For how many steps after this one no text will be looked at, if each goes on by a token per step; less than 0
+        if one is due now. Asked when nothing was found, so what `least` was then goes for all of them."""
+        due = self._due
+        return min([due.get(row.request, 0) - row.start for row in rows if row.max_drafts > 0], default=_LONG) - 2
 
     def _read(self, request: Request) -> _Text:
         """The request's text, with all its tokens read."""

@@ -154,7 +154,8 @@ class DSparkDrafter:
     ) -> None:
         self.taps, self.width = head.config.taps, min(width, head.config.block_size)
         self._head, self._store, self._first_layer = head, store, first_layer
-        if head.keeps_taps:  # in a layer of the store, [slots, len(taps) * hidden]
+        self._keeps_taps = head.keeps_taps
+        if self._keeps_taps:  # in a layer of the store, [slots, len(taps) * hidden]
             self._kept = store.taps = store.keys[first_layer + head.config.num_layers].flatten(0, -2)
         # Slots with taps and no context yet.
         self._owed = np.zeros((store.num_pages, store.page_size), dtype=np.bool_)
@@ -230,7 +231,7 @@ class DSparkDrafter:
     def observe(self, batch: StepBatch, taps: Tensor | None, verdict: Verdict) -> None:
         """Keeps what the context is made from. It is written when a row comes to draft: requests that never do cost
         next to nothing, and those that do have many tokens written in one pass over the weights."""
-        if not self._head.keeps_taps:
+        if not self._keeps_taps:
             assert taps is not None
             fresh = taps, batch.positions, batch.slots
             if (index := committed(batch, verdict)) is not None:
@@ -257,7 +258,7 @@ class DSparkDrafter:
 
     def _owed_to(self, rows: Sequence[Row]) -> Owed | None:
         """Context of these rows that is not there."""
-        if not self._head.keeps_taps:
+        if not self._keeps_taps:
             return None
         self._mark_fresh()
         self._drafting, size = len(rows), self._store.page_size

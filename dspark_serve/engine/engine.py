@@ -59,7 +59,7 @@ class Engine:
 
     def _step(self) -> StepReport:
         clock = Clock()
-        plan = self._drafting.admit(self.scheduler.plan(), self.budget)
+        plan = self._drafting.admit(self.scheduler.plan(self.budget.quiet), self.budget)
         if not plan.rows:
             return StepReport(num_preempted=plan.num_preempted)
         clock.lap("plan")

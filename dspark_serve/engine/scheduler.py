@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dspark_serve.cache.pages import PagePool, extend_page_keys
 from dspark_serve.reports import EngineStats, RowReport, StepReport, TokenDelta
@@ -115,14 +115,19 @@ class Scheduler:
 
     # ---- the plan
 
-    def plan(self) -> Plan:
-        """Rows of the next step in arrival order, pages allocated for every token and draft they may hold."""
+    def plan(self, quiet: Callable[[Sequence[Row]], bool] | None = None) -> Plan:
+        """Rows of the next step in arrival order, pages allocated for every token and draft they may hold.
+
+        quiet: whether nothing would be drafted for these rows anyway; then they hold no drafts."""
         rows, preempted = self._plan_running()
         budget = self.max_num_batched_tokens - sum(row.length for row in rows)
         new = [] if preempted else self._admit(budget)
         rows = sorted([*rows, *new], key=lambda row: _order(row.request))
         admitted = [row.request.request_id for row in new if not row.request.num_preemptions]
-        return Plan(self._reserve_drafts(rows), preempted, tuple(admitted), tuple(rows))
+        bare = tuple(rows)
+        without = not self.draft_width or (quiet is not None and quiet(bare))
+        planned = bare if without else self._reserve_drafts(rows)
+        return Plan(planned, preempted, tuple(admitted), bare)
 
     def _plan_running(self) -> tuple[list[Row], int]:
         rows: list[Row] = []

@@ -290,6 +290,11 @@ class Admission:
             self._best = key, step + HOLD, rate * float(times[0]) > (1 + HURDLE) * load.rows
         return self._best[2]
 
+    @property
+    def could_pay(self) -> bool:
+        """Whether drafting would have, by the last decision, had nine in ten drafts been right."""
+        return self._best is None or self._best[2]
+
     def _experiment(
         self, rows: Sequence[Row], members: Members, load: Load, plain_ms: float, gain: Floats, admitted: Admitted
     ) -> Admitted:

@@ -29,6 +29,11 @@ class Lookups(Protocol):
         tokens are all right: as many as have that chance, and as the row may draft."""
         ...
 
+    def quiet(self, rows: Sequence[Row]) -> int:
+        """For how many steps after one for which nothing of these rows was promised that is sure to stay so, if each
+        goes on by a token per step; 0 if that is not known."""
+        ...
+
 
 @dataclass(frozen=True)
 class Prices:

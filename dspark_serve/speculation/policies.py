@@ -37,6 +37,10 @@ _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
 
 
 class Budget(Protocol):
+    def quiet(self, rows: Sequence[Row]) -> bool:
+        """Whether nothing is drafted in the next step if these are its rows; asked before `admit`."""
+        ...
+
     def admit(self, plan: Plan) -> Plan:
         """Before drafting: the plan with drafts taken from the rows that would not earn them. Where drafts are made
         ahead this is about those of the next step, and `choose` gets those that were made in the last."""
@@ -69,6 +73,9 @@ class Budget(Protocol):
 
 class KeepAll:
     """Verify every draft."""
+
+    def quiet(self, rows: Sequence[Row]) -> bool:
+        return False
 
     def admit(self, plan: Plan) -> Plan:
         return plan
@@ -153,6 +160,7 @@ class AutoBudget:
         self._steps = 0
         self._rest: Rest | None = None
         self._resting = False  # in this step
+        self._asleep = False  # likewise: it goes like the last, which was rested through
         self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
         self._lookup_ms = _LOOKUP_MS
         self._only_copies = False  # are drafted in this step
@@ -166,8 +174,14 @@ class AutoBudget:
 
     # ---- before the draft
 
+    def quiet(self, rows: Sequence[Row]) -> bool:
+        self._asleep = self._rest is not None and self._rest.sleeps_on(rows)
+        return self._asleep
+
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
+        if self._asleep:
+            return plan
         rest = self._rest
         self._resting = rest is not None and rest.goes_on(plan)
         if rest is not None and self._resting:
@@ -175,7 +189,10 @@ class AutoBudget:
                 self._step = self._rested_step(plan)
             elif self._step.load is not rest.load:
                 self._step = _Step(rest.load)
-            return self._admitted(plan, plan.bare)
+            rested = self._admitted(plan, plan.bare)
+            if rest.alike and not rested.drafting:
+                rest.asleep = self._quiet_steps(plan)
+            return rested
         self._probed_before = self._step.probed
         drafting = plan.drafting
         members, context = self._batches.of(drafting), context_of(drafting)
@@ -225,6 +242,16 @@ class AutoBudget:
             return ()
         promised = self.lookups.promised(plan.rows, prices.least)
         return prices.worth(promised) if promised else ()
+
+    def _quiet_steps(self, plan: Plan) -> int:
+        """For how many steps after this one, in which nothing was copied, nothing will be."""
+        if self.lookups is None:
+            return HOLD
+        if self._prices is None:
+            return 0
+        _, until, prices = self._prices
+        left = until - self._steps - 1
+        return left if prices.least >= 1 else min(left, self.lookups.quiet(plan.rows))
 
     def _prices_of(self, load: Load) -> Prices:
         if self._prices is None or self._steps >= self._prices[1] or not load.like(self._prices[0]):
@@ -327,23 +354,22 @@ class AutoBudget:
             n_accepted = np.array([len(result.tokens) for result in drafted], dtype=np.int64) - 1
             kept = int(n_kept.sum())
             self.calibrator.learn(step.signals, step.said, n_kept, n_accepted)
+        if rest is not None and not kept and rest.reads(load):
+            return rest.read(self.cost, load, step.skipped, step_ms)
         passed = step.drafted
         if plan.ahead is not None:  # what was drafted in this step is for the next
             passed = len(plan.ahead), context_of([plan.rows[index] for index in plan.ahead])
         if passed[0]:
             draft_ms = self.cost.draft_ms(*passed, load.greedy)
         plain_ms: tuple[float, float] | None = None
-        rested_ms, token_ms = 0.0, 0.0
-        if rest is not None and not kept and load.tokens > load.rows:  # a prompt is read, and all else is as it was
-            token_ms = rest.report.plain_token_ms
-        else:
-            if self._rest is not None:  # in the order in which they were: what is slow now was slow then, or it was not
-                rested_ms = self._rest.learn(self.cost, plan.rows)
-            if kept or load.tokens > load.rows:
-                plain_ms = self._plain(plan)
+        rested_ms = 0.0
+        if self._rest is not None:  # in the order in which they were: what is slow now was slow then, or it was not
+            rested_ms = self._rest.learn(self.cost, plan.rows)
+        if kept or load.tokens > load.rows:
+            plain_ms = self._plain(plan)
         at = load.tokens + kept, load.rows, load.context, step_ms, load.greedy
         predicted_ms = self.cost.observe_step(*at, kept * load.keys_per_draft, load.silent)
-        plain_ms = plain_ms or (predicted_ms, token_ms or predicted_ms / max(load.rows, 1))
+        plain_ms = plain_ms or (predicted_ms, predicted_ms / max(load.rows, 1))
         if draft_ms:
             self.cost.observe_draft(*passed, propose_ms, load.greedy)
         report = BudgetReport(predicted_ms, draft_ms, *plain_ms, step.skipped, self.calibrator.error)
@@ -351,7 +377,8 @@ class AutoBudget:
         spent_ms = predicted_ms + draft_ms + rested_ms
         if rest is None:
             weighs = self._per_user or (self._admission is None and self.lookups is None)  # every step
-            self._rest = None if weighs else Rest.after(plan, step.rows, load, report)
+            whoever = self._admission is not None and not self._admission.could_pay
+            self._rest = None if weighs else Rest.after(plan, step.rows, load, report, whoever)
         elif not rest.alike:
             rest.looked(load, report)
         self._full.earn(spent_ms)

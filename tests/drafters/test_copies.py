@@ -276,3 +276,37 @@ def test_release_forgets_so_a_reused_id_starts_afresh():
 def test_lookup_bounds_are_checked():
     with pytest.raises(ValueError, match="prompt_lookup_min"):
         Copies(3, 2)
+
+
+@pytest.mark.parametrize("least", [0.6, 0.7])
+def test_nothing_would_be_promised_in_steps_that_are_to_be_quiet(least, monkeypatch):
+    """Several texts together, each a token further in every step; against looking at all of them all the time."""
+    monkeypatch.setattr(_Odds, "add", lambda self, length, went_on: None)
+    draw, found, quiet, asked = random.Random(1), 0, 0, 0
+    for _ in range(40):
+        now_and_then, always = Copies(3, 5), Copies(3, 5)
+        texts = [request_of([0, 1, 2, 3], name) for name in "abc"]
+        ahead = {name: [] for name in "abc"}
+        for _ in range(80):
+            for text in texts:
+                to_come = ahead[text.request_id]
+                if not to_come:
+                    start = draw.randrange(len(text.token_ids))
+                    to_come += text.token_ids[start : start + 25] if draw.random() < 0.1 else [draw.randrange(99)]
+                text.token_ids.append(to_come.pop(0))
+            rows = [row_of(text) for text in texts]
+            always._due.clear()
+            expected = always.promised(rows, least)
+            found += bool(expected)
+            if quiet > 0:
+                quiet -= 1
+                assert expected == []
+                continue
+            asked += 1
+            assert now_and_then.promised(rows, least) == expected
+            quiet = 0 if expected else now_and_then.quiet(rows)
+        quiet = 0
+    assert found > 100
+    assert asked < 0.9 * 40 * 80
+    assert Copies(3, 5).quiet([row_of(texts[0], 0)]) > 0  # who may not draft is not looked at
+    assert Copies(3, 5).quiet([row_of(texts[0])]) < 0  # what was never looked at is due

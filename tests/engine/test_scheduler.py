@@ -295,3 +295,17 @@ def test_the_last_token_leaves_no_room_for_drafts():
         limits.append(plan.rows[0].max_drafts)
         scheduler.commit(plan, [judge(row) for row in plan.rows])
     assert limits == [0, 1, 0]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_quiet_step_holds_no_room_for_drafts(quiet):
+    scheduler, asked = make(page_size=2), []
+    scheduler.add(request("a", range(4), max_tokens=9))
+    plan = scheduler.plan()
+    scheduler.commit(plan, [judge(row) for row in plan.rows])
+    held = len(scheduler.running[0].pages)
+    plan = scheduler.plan(lambda rows: asked.append(rows) or quiet)
+    assert asked == [plan.bare]
+    assert [row.max_drafts for row in plan.rows] == [0 if quiet else 3]
+    assert len(scheduler.running[0].pages) == held + (1 if quiet else 2)  # five tokens, or eight
+    assert (plan.rows is plan.bare) == quiet

@@ -155,6 +155,8 @@ def test_that_nobody_drafts_holds_while_few_rows_change(rows: int, ended: int, a
     assert admission is not None
     while server.drafted[-1] or admission._held is None or admission._held.until - server.budget._steps < 12:
         server.step()  # up to a decision of a step or two ago, that nobody drafts
+    assert server.budget._rest is not None
+    server.budget._rest.whoever = False  # as if others' drafts might pay
     asked: list[int] = []
     whole = admission._drafted.whole
     admission._drafted.whole = lambda *args: asked.append(1) or whole(*args)  # type: ignore

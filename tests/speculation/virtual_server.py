@@ -45,6 +45,9 @@ class Repeats:
         chances = [self.found**count for count in range(1, WIDTH + 1)]
         return [(index, chances[: row.max_drafts]) for index, row in enumerate(rows) if row.max_drafts > 0]
 
+    def quiet(self, rows: Sequence[Row]) -> int:
+        return 0
+
 
 @dataclass
 class Server:
@@ -79,7 +82,9 @@ class Server:
     def step(self) -> None:
         width = WIDTH if self.limit is None else self.limit
         rooms = [1 if request.request_id in self.ending else width for request in self.requests]
-        plan = Plan(tuple(Row(request, 99, 1, True, room) for request, room in zip(self.requests, rooms, strict=True)))
+        rows = tuple(Row(request, 99, 1, True, room) for request, room in zip(self.requests, rooms, strict=True))
+        bare = tuple(row._replace(max_drafts=0) for row in rows)
+        plan = Plan(bare if self.budget.quiet(bare) else rows, known_bare=bare)
         plan = self.early.admit(plan, self.budget) if self.ahead else self.budget.admit(plan)
         drafting = plan.drafting
         looking = [row.lookup_only for row in drafting]
