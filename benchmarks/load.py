@@ -41,7 +41,7 @@ NONE, FULL, AUTO = "none", "full", "budget"
 _TURN_S = 0.12  # some steps: what an engine finds in the caches is mostly its own, as on a server
 _numbers = itertools.count()  # of requests
 _GOLDEN = 0.618034  # answers are of half to one and a half times the mean length, and no two that meet end together
-_FEWEST = 12  # requests of a round
+_FEWEST = 12  # requests of a round, or twice as many as are served at once, if nothing else is asked for
 _WARM_TOKENS = 8
 _ROUNDS = {True: 2, False: 3}  # by whether it is to be quick
 _NEW_TOKENS = {True: 24, False: 96}  # of an answer, in the mean
@@ -251,9 +251,11 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True))
 
 
-def compare(arms: Arms, workload: Workload, concurrency: int, rounds: int, poisson: bool) -> dict[str, Any]:
-    """Every arm on the same requests. Ratios are of the same round."""
-    count = max(_FEWEST, 2 * concurrency)
+def compare(
+    arms: Arms, workload: Workload, concurrency: int, rounds: int, poisson: bool, count: int | None = None
+) -> dict[str, Any]:
+    """Every arm on the same requests, `count` in a round. Ratios are of the same round."""
+    count = count or max(_FEWEST, 2 * concurrency)
     results: dict[str, list[Served]] = {name: [] for name in arms.engines}
     draw = random.Random(concurrency)
     at_once, plain_rate = [0.0] * count, 0.0
@@ -306,6 +308,9 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", help="of those there are; default: all")
     parser.add_argument("--arms", nargs="+", help=f"beside {NONE}: 'fixed K', {FULL}, {AUTO}; default: all")
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument(
+        "--requests", type=int, help=f"of a round; default: {_FEWEST}, or twice as many as are served at once"
+    )
     parser.add_argument("--new-tokens", type=int, default=None)
     parser.add_argument("--poisson", action="store_true", help="Poisson arrivals instead of a closed loop")
     parser.add_argument("--greedy", action="store_true", help="no request at T=1")
@@ -320,6 +325,11 @@ def main() -> None:
     if options.resume and options.json is None:
         parser.error("--resume goes on with what is in --json")
     fixed = [3] if options.quick else [1, 3, 5]
+    loads = options.concurrency or ([1, 8, 32] if options.quick else [1, 2, 4, 8, 16, 32, 64])
+    if options.requests is not None and options.requests <= max(loads):
+        parser.error(
+            f"--requests: what is measured ends when the last one begins, so more than {max(loads)} are needed"
+        )
     known = {NONE, FULL, AUTO, *(f"fixed {count}" for count in fixed)}
     if unknown := set(options.arms or ()) - known:
         parser.error(f"--arms: there is no {min(unknown)!r}, only {', '.join(sorted(known))}")
@@ -329,7 +339,6 @@ def main() -> None:
         arms.tokenizer, options.prompts, options.new_tokens or _NEW_TOKENS[options.quick], options.greedy
     )
     names = options.workloads or ([*supply][-2:] if options.quick else [*supply])
-    loads = options.concurrency or ([1, 8, 32] if options.quick else [1, 2, 4, 8, 16, 32, 64])
     result: dict[str, Any] = {}
     about = facts()
     for name in names:
@@ -337,7 +346,7 @@ def main() -> None:
             table = done.get(name, {}).get(str(load))
             if table is None:
                 rounds = options.rounds or _ROUNDS[options.quick]
-                table = figures(compare(arms, supply[name], load, rounds, options.poisson))
+                table = figures(compare(arms, supply[name], load, rounds, options.poisson, options.requests))
             result.setdefault(name, {})[str(load)] = table
             show(f"{name}, concurrency {load}", table)
             write_json(options.json, {"facts": about, "asked": asked(options), "load": result})
@@ -351,7 +360,7 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
     """What two runs must have in common to be one."""
     return {
         name: str(getattr(options, name))
-        for name in ("model", "prompts", "new_tokens", "poisson", "greedy", "dtype", "rounds", "arms")
+        for name in ("model", "prompts", "new_tokens", "poisson", "greedy", "dtype", "rounds", "arms", "requests")
     }
 
 

@@ -33,7 +33,8 @@ from dspark_serve.engine.profile import shapes
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import CostModel, Point, Profile, load_profile
-from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.fixed import Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 
 PAPER = (6.11, 5.70, 4.89, 5.13, 5.38, 4.86, 3.64, 3.54, 3.29)  # DSpark paper, Qwen3-4B, T=1, blocks of 7, nine sets
 PAPER_WIDTH = 7

@@ -25,7 +25,7 @@ from rooflines import Machine
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.reports import StepReport
 from dspark_serve.speculation.copying import Promised
-from dspark_serve.speculation.policies import Budget
+from dspark_serve.speculation.fixed import Budget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult
 
@@ -121,7 +121,8 @@ class Recording:
     def __init__(self, budget: Budget, trace: Trace) -> None:
         self._budget, self.trace = budget, trace
         self.steps: list[Timed] = []
-        self.admit, self.choose, self.release = budget.admit, budget.choose, budget.release
+        self.quiet, self.admit = budget.quiet, budget.admit
+        self.choose, self.release = budget.choose, budget.release
 
     def slowdown(self, machine: Machine) -> float:
         """Time that the steps took over what the machine says they would."""

@@ -29,7 +29,8 @@ from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.copying import Lookups
 from dspark_serve.speculation.cost import CostModel, Point, Profile
-from dspark_serve.speculation.policies import AutoBudget, Budget, KeepAll
+from dspark_serve.speculation.fixed import Budget, KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.types import Request, SamplingParams
 
 WITHIN = 0.1  # what the simulator is to keep to

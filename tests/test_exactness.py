@@ -8,7 +8,8 @@ import torch
 
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import CostModel, Point, Profile
-from dspark_serve.speculation.policies import AutoBudget, FixedBudget
+from dspark_serve.speculation.fixed import FixedBudget
+from dspark_serve.speculation.policies import AutoBudget
 from tests.toy import VOCAB, drafter_named, make_engine, make_request, run, toy_model
 
 DRAFTERS = ["none", "ngram", "right", "wrong", "random"]

@@ -10,7 +10,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.portfolio import Acceptance
 from dspark_serve.drafters.ready import Ready
 from dspark_serve.engine.drafting import DraftAhead, drafting_for
-from dspark_serve.speculation.policies import FixedBudget, KeepAll
+from dspark_serve.speculation.fixed import FixedBudget, KeepAll
 from dspark_serve.tensors import DraftLogits, Proposal
 from dspark_serve.types import Row, SpeculationParams
 from tests.drafters.golden import golden_target

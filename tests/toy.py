@@ -21,7 +21,7 @@ from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.dense import DenseModel
 from dspark_serve.reports import EngineInfo
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Request, SamplingParams
 from tests.tiny_model import tiny_config

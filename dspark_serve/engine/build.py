@@ -40,7 +40,8 @@ from dspark_serve.models.loader import ResolvedModel, generation_defaults, load_
 from dspark_serve.reports import EngineInfo
 from dspark_serve.speculation.calibrate import Calibrator, stored_maps
 from dspark_serve.speculation.cost import CostModel
-from dspark_serve.speculation.policies import AutoBudget, Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.fixed import Budget, FixedBudget, KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.types import LOOKUP
 

@@ -16,7 +16,8 @@ from dspark_serve.drafters.base import AheadDrafter, Drafter
 from dspark_serve.drafters.ready import Ready
 from dspark_serve.engine.clock import Span
 from dspark_serve.engine.scheduler import Scheduler
-from dspark_serve.speculation.policies import AutoBudget, Budget
+from dspark_serve.speculation.fixed import Budget
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import Plan, Row
 

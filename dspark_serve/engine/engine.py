@@ -19,7 +19,7 @@ from dspark_serve.engine.drafting import Drafting, drafting_for
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.reports import EngineInfo, EngineStats, StepReport
-from dspark_serve.speculation.policies import Budget
+from dspark_serve.speculation.fixed import Budget
 from dspark_serve.speculation.verify import Rule, verify
 from dspark_serve.tensors import Proposal, StepBatch, Verdict
 from dspark_serve.types import CostCurve, Plan, Request, RowResult

@@ -1,14 +1,13 @@
-"""The budgets one can choose: everything, a fixed number, or what earns the most on this machine now.
+"""The budget that keeps what earns the most on this machine now.
 
-Must not know: torch operations, drafters, how requests are scheduled. What `AutoBudget` looks at before it keeps a
-draft of a step is, in rejection mode, never that draft nor anything behind it.
+Must not know: torch operations, drafters, how requests are scheduled. What it looks at before it keeps a draft of a
+step is, in rejection mode, never that draft nor anything behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,80 +33,6 @@ _LOOKUP_GAIN = 0.05  # of that estimate, per measurement
 _COPIED = 7  # steps with copies of which nothing is learned until one more comes, or the rest is over
 _ODD_MS = 5.0  # longer than anything takes: the process was stopped meanwhile
 _MARGIN = 0.1, 0.005, 0.03  # of the cost model's noise; least and most
-
-
-class Budget(Protocol):
-    def quiet(self, rows: Sequence[Row]) -> bool:
-        """Whether nothing is drafted in the next step if these are its rows; asked before `admit`."""
-        ...
-
-    def admit(self, plan: Plan) -> Plan:
-        """Before drafting: the plan with drafts taken from the rows that would not earn them. Where drafts are made
-        ahead this is about those of the next step, and `choose` gets those that were made in the last."""
-        ...
-
-    def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
-        """Drafts to keep per row of plan.drafting, each at most the proposal's n_draft."""
-        ...
-
-    def learn(
-        self,
-        plan: Plan,
-        proposal: Proposal,
-        results: Sequence[RowResult],
-        phase_ms: Mapping[str, float],
-        before_ms: float = 0.0,
-    ) -> BudgetReport | None:
-        """After the step; results are of all the plan's rows, with n_kept filled in. before_ms: what this took after
-        the step before."""
-        ...
-
-    def release(self, request_id: str) -> None:
-        """The request is finished; forget it. Unknown ids are fine."""
-        ...
-
-    def curve(self, max_tokens: int) -> CostCurve | None:
-        """What steps of up to so many tokens are expected to take; None from a budget that does not predict."""
-        ...
-
-
-class KeepAll:
-    """Verify every draft."""
-
-    def quiet(self, rows: Sequence[Row]) -> bool:
-        return False
-
-    def admit(self, plan: Plan) -> Plan:
-        return plan
-
-    def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
-        return proposal.n_draft
-
-    def learn(
-        self,
-        plan: Plan,
-        proposal: Proposal,
-        results: Sequence[RowResult],
-        phase_ms: Mapping[str, float],
-        before_ms: float = 0.0,
-    ) -> BudgetReport | None:
-        return None
-
-    def release(self, request_id: str) -> None:
-        pass
-
-    def curve(self, max_tokens: int) -> CostCurve | None:
-        return None
-
-
-class FixedBudget(KeepAll):
-    """Verify the first `count` drafts of every row, or as many as it has."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def choose(self, plan: Plan, proposal: Proposal) -> Sequence[int]:
-        return [min(n, self.count) for n in proposal.n_draft]
 
 
 _NOBODY = Members.of(())
@@ -160,7 +85,7 @@ class AutoBudget:
         self._steps = 0
         self._rest: Rest | None = None
         self._resting = False  # in this step
-        self._asleep = False  # likewise: it goes like the last, which was rested through
+        self._asleep = False  # the next step goes like the last, which was rested through
         self._prices: tuple[Load, int, Prices] | None = None  # of what load, until which step, what drafts must promise
         self._lookup_ms = _LOOKUP_MS
         self._only_copies = False  # are drafted in this step
@@ -180,7 +105,8 @@ class AutoBudget:
 
     def admit(self, plan: Plan) -> Plan:
         self._steps += 1
-        if self._asleep:
+        asleep, self._asleep = self._asleep, False
+        if asleep:
             return plan
         rest = self._rest
         self._resting = rest is not None and rest.goes_on(plan)

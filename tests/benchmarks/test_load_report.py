@@ -108,3 +108,23 @@ def test_a_conclusion_without_faults_and_one_without_the_budget(capsys) -> None:
     assert "BELOW 1" not in said
     load_report.conclude({"chat": {"1": cell(none=1, full=1.0)}})
     assert "budget" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "at_once", "count"), [(None, 4, 12), (None, 8, 16), (40, 8, 40)])
+def test_a_round_has_as_many_requests_as_are_asked_for(asked, at_once, count):
+    rounds = []
+
+    def serve_all(items, arrivals_s, most, draw, drain=True):
+        rounds.append((len(items), len(arrivals_s), most))
+        return {"none": served(20)}
+
+    arms = SimpleNamespace(engines={"none": None}, renew=lambda draw: None, serve_all=serve_all)
+    load.compare(arms, load.Workload([(1, 2, 3)], (0.0, 1.0), 8), at_once, 2, False, asked)
+    assert rounds == [(count, count, at_once)] * 4  # into the prefix cache first
+
+
+def test_a_round_of_no_more_requests_than_are_served_at_once_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["load.py", "--concurrency", "1", "8", "--requests", "8"])
+    with pytest.raises(SystemExit):
+        load.main()
+    assert "more than 8 are needed" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from dspark_serve.cache.pages import PagePool
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.cost import CostModel, Point, Profile, save_profile
-from dspark_serve.speculation.policies import FixedBudget, KeepAll
+from dspark_serve.speculation.fixed import FixedBudget, KeepAll
 from dspark_serve.types import Request, Row, SamplingParams
 from tests import toy
 

@@ -16,7 +16,8 @@ from dspark_serve.drafters.copies import Copies
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import Point, Profile
-from dspark_serve.speculation.policies import AutoBudget, KeepAll
+from dspark_serve.speculation.fixed import KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.types import SamplingParams
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dspark_serve.drafters.heads import plan_head
 from dspark_serve.models.loader import load_model, resolve
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from tests.toy import make_engine, make_request, run
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -12,7 +12,7 @@ from dspark_serve.drafters.ngram import NgramDrafter
 from dspark_serve.drafters.none import NoDrafter
 from dspark_serve.drafters.portfolio import LOOKUP_DRAFTS, LOOKUP_SHORTEST, PortfolioDrafter
 from dspark_serve.models.loader import iterate_weights, read_config
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from tests.drafters.golden import GOLDENS, golden_plan, golden_target
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dspark_serve.drafters import dspark as module
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from dspark_serve.types import Row
 from tests.drafters.golden import golden_plan, golden_runs, golden_target
 from tests.toy import make_engine, make_request, run

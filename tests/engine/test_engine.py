@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from dspark_kernels.noise import gumbel
 from dspark_serve.drafters.ngram import NgramDrafter
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from dspark_serve.types import SpeculationParams
 from tests.toy import VOCAB, Oracle, RandomProbsDrafter, drafter_named, make_engine, make_request, run, toy_model
 

@@ -17,7 +17,7 @@ from dspark_serve.engine.build import build_engine, with_shipped_head
 from dspark_serve.llm import LLM, SamplingParams
 from dspark_serve.models.catalog import CATALOG
 from dspark_serve.models.loader import ResolvedModel, load_model, resolve
-from dspark_serve.speculation.policies import FixedBudget
+from dspark_serve.speculation.fixed import FixedBudget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import SpeculationParams
 from tests.drafters.golden import GOLDENS, golden_runs, golden_target

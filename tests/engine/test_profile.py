@@ -13,7 +13,8 @@ from dspark_serve.engine.build import build_engine
 from dspark_serve.engine.profile import Rig, Shape, shapes, sweep
 from dspark_serve.llm import LLM, SamplingParams
 from dspark_serve.speculation.cost import Point, Profile
-from dspark_serve.speculation.policies import AutoBudget, KeepAll
+from dspark_serve.speculation.fixed import KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.types import SpeculationParams
 from tests.drafters.golden import GOLDENS, golden_runs
 from tests.toy import make_engine, make_request, run, toy_model

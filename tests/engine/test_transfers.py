@@ -25,7 +25,7 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.runner import Runner
 from dspark_serve.engine.scheduler import Scheduler
 from dspark_serve.models.loader import load_model, resolve
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from dspark_serve.transfers import to_device, to_host
 from dspark_serve.types import VerifyMode
 from tests.drafters.golden import GOLDENS

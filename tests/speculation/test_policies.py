@@ -11,7 +11,8 @@ from scipy import stats
 
 from dspark_serve.speculation.admission import _HOLD_SEVERAL, Allowance
 from dspark_serve.speculation.calibrate import Calibrator
-from dspark_serve.speculation.policies import AutoBudget, FixedBudget, KeepAll
+from dspark_serve.speculation.fixed import FixedBudget, KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.speculation.verify import verify
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams, VerifyMode

@@ -10,7 +10,7 @@ import torch
 
 from dspark_serve.speculation.admission import HOLD
 from dspark_serve.speculation.cost import CostModel
-from dspark_serve.speculation.policies import KeepAll
+from dspark_serve.speculation.fixed import KeepAll
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams
 from tests.speculation.test_resting import resting, row, took

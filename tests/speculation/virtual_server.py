@@ -14,7 +14,8 @@ from dspark_serve.drafters.ready import Ready
 from dspark_serve.engine.drafting import DraftAhead
 from dspark_serve.speculation.calibrate import Calibrator
 from dspark_serve.speculation.cost import CostModel, Point, Profile
-from dspark_serve.speculation.policies import AutoBudget, KeepAll
+from dspark_serve.speculation.fixed import KeepAll
+from dspark_serve.speculation.policies import AutoBudget
 from dspark_serve.tensors import Proposal
 from dspark_serve.types import Plan, Request, Row, RowResult, SamplingParams, VerifyMode
 
