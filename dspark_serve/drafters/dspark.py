@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Owed = tuple[Tensor, Tensor, int]  # positions [n] int64, slots [n] int64, a position beyond all of them
 
-_TOGETHER = 128  # steps whose slots are marked in one go: it takes hardly longer than for those of one
+_TOGETHER = 128  # steps whose slots are marked in one go: a small part of what it takes to do so in every step
 _ENOUGH = 32  # tokens whose context is worth a pass over the weights for itself
 _MOSTLY = 0.5  # share of rows that have drafted of late from which context is written at once: they will again
 _SHARE_GAIN = 0.125  # of that share, per step
