@@ -140,7 +140,10 @@ async def check(
     known = [count for count in counts if count is not None]
     notes = []
     if known and not sum(known):
-        notes.append("nothing was drafted: speculation is off on this server, so the check says little")
+        notes.append(
+            "nothing was drafted, so the check says little: speculation is off on this server, or its budget saw no"
+            " draft that pays (a server started with --budget full drafts always)"
+        )
     p_values = tuple(
         same_distribution([a.tokens[: i + 1] for a in drawn[0]], [a.tokens[: i + 1] for a in drawn[1]])
         for i in range(_DRAW_TOKENS)
