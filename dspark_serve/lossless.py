@@ -142,7 +142,7 @@ async def check(
     if known and not sum(known):
         notes.append(
             "nothing was drafted, so the check says little: speculation is off on this server, or its budget saw no"
-            " draft that pays (a server started with --budget full drafts always)"
+            " draft that pays (--budget full verifies every draft)"
         )
     p_values = tuple(
         same_distribution([a.tokens[: i + 1] for a in drawn[0]], [a.tokens[: i + 1] for a in drawn[1]])

@@ -43,6 +43,14 @@ async def test_a_right_server_is_lossless(tiny):
     assert report.lines()[-1] == "LOSSLESS"
 
 
+async def test_a_check_of_a_server_that_drafted_nothing_says_so(tiny):
+    async with Running(tiny, budget="off") as client:
+        report = await check("http://test", client=client, max_tokens=8, draws=10)
+    assert report.lossless
+    assert report.num_drafted == 0
+    assert any("nothing was drafted" in note and "budget" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("rejection", [False, True])
 async def test_a_server_that_accepts_every_draft_is_found_out(tiny, monkeypatch, rejection):
     honest = verify.leading
