@@ -26,6 +26,7 @@ from dspark_serve.engine.batch import Batcher
 from dspark_serve.engine.cores import Cores
 from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.graph_check import with_block_graphs, with_graphs
+from dspark_serve.engine.heap import keep_freed_memory
 from dspark_serve.engine.padding import Limits
 from dspark_serve.engine.profile import Rig, machine_profile
 from dspark_serve.engine.recorders import CudaRecorder, Recorder
@@ -136,6 +137,7 @@ def _assemble(
     warnings: tuple[str, ...] = (),
     recorder: Recorder | None = None,
 ) -> Engine:
+    keep_freed_memory(model.device)
     page_size = config.cache.page_size
     layers = (*model.info.kv_layers, *plan.kv_layers)
     store = KVStore(layers, num_pages, page_size, model.info.dtype, model.device)
