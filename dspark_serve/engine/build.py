@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from dspark_serve.cache.pages import PagePool
-from dspark_serve.cache.store import KVStore, LayerGeometry
-from dspark_serve.config import CacheConfig, Config, SpeculationConfig
+from dspark_serve.cache.store import KVStore
+from dspark_serve.config import Config, SpeculationConfig
 from dspark_serve.drafters.base import AheadDrafter, BlockPass, DrafterPlan, Record
 from dspark_serve.drafters.heads import head_directory, plan_head
 from dspark_serve.drafters.ngram import NgramDrafter
@@ -28,6 +27,7 @@ from dspark_serve.engine.engine import Engine
 from dspark_serve.engine.graph_check import with_block_graphs, with_graphs
 from dspark_serve.engine.heap import keep_freed_memory
 from dspark_serve.engine.padding import Limits
+from dspark_serve.engine.pool_size import pool_pages
 from dspark_serve.engine.profile import Rig, machine_profile
 from dspark_serve.engine.recorders import CudaRecorder, Recorder
 from dspark_serve.engine.remembered import file_states, machine, passed, remember
@@ -58,9 +58,7 @@ _SELF_TEST_TOKENS = 1024  # K/V slots for it
 _NGRAM_DRAFTS = 4  # unless num_speculative_tokens says otherwise
 _NGRAM_SHORTEST = 2  # tokens that must have occurred before, where lookup drafts alone
 
-_GIB = 1 << 30
 logger = logging.getLogger(__name__)
-_CPU_SHARE = 0.05  # of the memory that is available once the weights are in
 
 
 def find_model(config: Config) -> ResolvedModel:
@@ -91,7 +89,7 @@ def build_engine(config: Config, resolved: ResolvedModel | None = None, model: T
     warnings: tuple[str, ...] = ()
     if plan.num_bytes and config.speculation.head_self_test:
         plan, warnings = _tested(config, str(resolved.path), model, plan, max_model_len)
-    num_pages = _num_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
+    num_pages = pool_pages(config, model, (*model.info.kv_layers, *plan.kv_layers), max_model_len)
     invariant = _row_invariant(model, resolved.path, config.cache.page_size)
     recorder = None if config.engine.enforce_eager else _recorder(model.device)
     return _assemble(config, str(resolved.path), model, plan, max_model_len, num_pages, invariant, warnings, recorder)
@@ -369,34 +367,3 @@ def _max_model_len(wanted: int | None, info: ModelInfo) -> int:
             f"max_model_len {wanted} is more than the {info.max_model_len} positions the model was made for"
         )
     return wanted or info.max_model_len
-
-
-def _num_pages(config: Config, model: TargetModel, layers: Sequence[LayerGeometry], max_model_len: int) -> int:
-    """Pages the memory budget allows, never more than all sequences at full length use. Page 0 comes on top.
-
-    A pool smaller than one full sequence is legal: requests that cannot fit are refused with the numbers.
-    """
-    size = config.cache.page_size
-    page_bytes = KVStore.bytes_per_page(layers, size, model.info.dtype)
-    one_sequence = -(-max_model_len // size)
-    if config.cache.kv_cache_gib is not None:
-        pages = int(config.cache.kv_cache_gib * _GIB / page_bytes)
-    else:
-        budget = _kv_budget(model.device, config.cache, one_sequence * page_bytes)
-        pages = min(int(budget / page_bytes), config.engine.max_num_seqs * one_sequence)
-    if pages < 1:
-        raise ValueError(
-            f"no memory for K/V: one page of {size} tokens takes {page_bytes / _GIB:.3g} GiB; "
-            "raise kv_cache_gib or gpu_memory_utilization, or serve a smaller model"
-        )
-    return pages + 1
-
-
-def _kv_budget(device: torch.device, cache: CacheConfig, one_sequence_bytes: int) -> float:
-    """Bytes for K/V: on a GPU what gpu_memory_utilization leaves; in main memory a modest share of what is available,
-    stretched to half of it when one full sequence needs that."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free - (1 - cache.gpu_memory_utilization) * total
-    available = psutil.virtual_memory().available
-    return max(_CPU_SHARE * available, min(0.5 * available, one_sequence_bytes))
