@@ -36,15 +36,51 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return empty(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape).zero_()
 
 
+class Reused:
+    """Memory of one large result after the other: handed out again as soon as no tensor lies in it any more.
+
+    From malloc a step's logits come from another place whenever something small has been put where the last ones
+    were, and 1,500 pages that nobody has touched yet take longer than the product they are for (6 MB, 32 rows).
+    """
+
+    smallest = 1 << 20  # bytes of a result for which this pays
+    largest = 256 << 20  # bytes kept for good: a prompt that is scored needs more, once
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memory: mmap.mmap | None = None
+
+    def floats(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised [rows, columns] float32; of its own where a former result is still in use."""
+        wanted = 4 * rows * columns
+        if not self.smallest <= wanted <= self.largest:
+            return torch.empty(rows, columns)
+        with self._lock:
+            if self._memory is not None and sys.getrefcount(self._memory) > 2:  # ours, the argument, and tensors'
+                return torch.empty(rows, columns)
+            if self._memory is None or len(self._memory) < wanted + _PAGE:
+                self._memory = None  # given back before more is taken
+                self._memory = _mapped(wanted)
+            return _block(self._memory)[:wanted].view(torch.float32).view(rows, columns)
+
+
 def _chunk(num_bytes: int) -> Tensor:
-    size = -(-max(num_bytes, _CHUNK) // _PAGE) * _PAGE
+    return _block(_mapped(max(num_bytes, _CHUNK)))
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    """At least `num_bytes` from a huge page's start on."""
     # Private: shared memory, which is Python's default, gets huge pages by another setting, and mostly none.
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    memory = mmap.mmap(-1, size + _PAGE, **private)
+    memory = mmap.mmap(-1, (-(-num_bytes // _PAGE) + 1) * _PAGE, **private)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
     if advice is not None:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(advice)
+    return memory
+
+
+def _block(memory: mmap.mmap) -> Tensor:
     block = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory`
     first = -block.data_ptr() % _PAGE
-    return block[first : first + size]
+    return block[first : first + len(memory) - _PAGE]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dspark_kernels import huge_pages
 from dspark_kernels.packed import PackedWeight, pointer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Kernels:
         self.library = library
         self.isa: str = library.dspark_isa().decode()
         self.lanes: int = library.dspark_lanes()
+        self._results = huge_pages.Reused()
 
     def bind(self, cores: Sequence[int]) -> bool:
         """Keep the calling thread, and the others that compute with it, to one of these cores each; whether all are."""
@@ -105,7 +107,7 @@ class Kernels:
         if inputs != weight.inputs or x.stride(1) != 1:
             raise ValueError(f"x {list(x.shape)} does not fit a weight of {weight.inputs} inputs, or is not row-major")
         self._check_norm(norm, inputs)
-        out = x.new_empty(rows, weight.outputs)
+        out = self._results.floats(rows, weight.outputs)
         scratch = None if norm is None else x.new_empty(rows, inputs)
         what = SWIGLU if weight.gated else PLAIN if residual is None else RESIDUAL
         task = _Product(

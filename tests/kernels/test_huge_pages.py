@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark_kernels import huge_pages
+from dspark_kernels import huge_pages, native
+from dspark_kernels.packed import PackedWeight
 from dspark_serve.cache.store import KVStore, LayerGeometry
 
 SMAPS = Path("/proc/self/smaps")
@@ -58,3 +59,52 @@ def test_zeros_are_zero_and_of_the_shape(dtype):
         assert tensor.dtype == dtype
         assert tensor.is_contiguous()
         assert not tensor.any()
+
+
+def test_a_large_results_memory_is_used_again_once_no_tensor_lies_in_it():
+    memory = huge_pages.Reused()
+    first = memory.floats(32, 49152)
+    at, part = first.data_ptr(), first[3:5]
+    del first
+    beside = memory.floats(32, 49152)  # `part` is still in use
+    beside.fill_(1)
+    part.fill_(2)
+    assert beside.eq(1).all()
+    assert beside.data_ptr() != at
+    del part
+    assert memory.floats(20, 49152).data_ptr() == at
+    larger = memory.floats(64, 49152)
+    larger.fill_(3)
+    assert larger.shape == (64, 49152)
+    assert larger.data_ptr() % (2 << 20) == 0
+    at = larger.data_ptr()
+    del larger
+    assert memory.floats(32, 49152).data_ptr() == at  # what was large enough once is kept
+
+
+@pytest.mark.parametrize("rows", [1, (huge_pages.Reused.largest >> 12) + 1])
+def test_small_results_and_the_largest_have_memory_of_their_own(rows):
+    memory = huge_pages.Reused()
+    kept = memory.floats(1024, 1024)
+    at = kept.data_ptr()
+    del kept
+    other = memory.floats(rows, 1024)
+    assert other.shape == (rows, 1024)
+    assert other.data_ptr() != at
+    assert memory.floats(1024, 1024).data_ptr() == at
+
+
+def test_products_of_large_results_do_not_overwrite_each_other():
+    kernels = native.load()
+    if kernels is None:
+        pytest.skip("needs the C++ kernels: make kernels")
+    x, weight = torch.randn(32, 16), torch.randn(16384, 16)
+    packed = PackedWeight(kernels, weight, None, False)
+    first = kernels.product(x, packed)
+    expected = first.clone()
+    second = kernels.product(-x, packed)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, -expected)
+    at = first.data_ptr()
+    del first
+    assert kernels.product(x, packed).data_ptr() == at
